@@ -82,6 +82,17 @@ def activate(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def with_logical_axes(
+    init_fn: nn.initializers.Initializer, names: tuple[str, ...]
+) -> nn.initializers.Initializer:
+    """An initializer whose parameter carries one logical name a dimension.
+
+    Flax's own wrapper would also constrain the value wherever it is unboxed, which fails while a
+    mesh is active in layers that initialize in another shape (`nn.DenseGeneral`).
+    """
+    return nn.with_logical_partitioning(init_fn, names, rules=())
+
+
 def _mesh_axes(name: str | None) -> tuple[str, ...]:
     """The mesh axes along which a logical axis is split."""
     axes = None if name is None else dict(LOGICAL_AXIS_RULES)[name]

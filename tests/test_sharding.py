@@ -22,8 +22,8 @@ class TinyModel(nn.Module):
         def dense(features, axes, name):
             return nn.Dense(
                 features,
-                kernel_init=nn.with_logical_partitioning(nn.initializers.normal(), axes),
-                bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+                kernel_init=sharding.with_logical_axes(nn.initializers.normal(), axes),
+                bias_init=sharding.with_logical_axes(nn.initializers.zeros, axes[1:]),
                 name=name,
             )
 
@@ -174,6 +174,17 @@ def test_constraints_bind_when_active_and_do_nothing_otherwise():
         result = jax.jit(constrain)(x)
     assert result.addressable_shards[0].data.shape == (BATCH // 4, HIDDEN // 2)
     assert len(jax.jit(lambda x: constrain(x) + 1)(x).sharding.device_set) == 1
+
+
+def test_layers_that_initialize_in_another_shape_apply_under_a_mesh():
+    init = sharding.with_logical_axes(nn.initializers.normal(), ("width", "heads", "head_width"))
+    layer = nn.DenseGeneral((2, 4), use_bias=False, kernel_init=init)
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    with sharding.activate(mesh):
+        params = sharding.born_sharded(layer.init, mesh, jax.random.key(0), jnp.ones((1, WIDTH)))
+        out = jax.jit(layer.apply)(params, jnp.ones((BATCH, WIDTH)))
+    assert params["params"]["kernel"].sharding.spec == PartitionSpec(("fsdp",), ("tensor",), None)
+    assert out.shape == (BATCH, 2, 4)
 
 
 def test_global_batch_is_split_over_data_and_fsdp():
