@@ -88,7 +88,7 @@ def reporting_corruption(folder: epath.Path) -> Iterator[None]:
             mend = f"remove that folder to use the one of train step {others[-1]} instead"
         raise UserError(
             f"the checkpoint of train step {folder.name} in {folder} is corrupt"
-            f" ({short_reason(error)}); {mend}."
+            f" ({short_reason(error.__cause__ or error)}); {mend}."
         ) from error
 
 

@@ -45,6 +45,7 @@ class MetricLog:
             str(path.parent / TENSORBOARD_FOLDER),
             purge_step=start_train_step + 1 if start_train_step else 0,
             flush_secs=20,
+            filename_suffix=f".after_{start_train_step}",  # the rest of the name is the second
         )
 
     def write(self, train_step: int, scalars: Mapping[str, Any]) -> None:

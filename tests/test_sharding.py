@@ -138,8 +138,12 @@ def test_born_sharded_holds_the_same_values_on_any_mesh(active):
     assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), abstract)
 
 
-def test_parameters_and_ema_do_not_share_buffers():
-    state = sharding.born_sharded(create, sharding.make_mesh(), jax.random.key(0))
+@pytest.mark.parametrize("jitted", [False, True])
+def test_parameters_and_ema_do_not_share_buffers(jitted):
+    if jitted:
+        state = sharding.born_sharded(create, sharding.make_mesh(), jax.random.key(0))
+    else:
+        state = train_state.create({"w": jnp.ones((4,))}, OPTIMIZER)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     assert int(step(state).train_step) == 1
 
