@@ -1,0 +1,1 @@
+"""Other frameworks' checkpoints to our parameters and back."""

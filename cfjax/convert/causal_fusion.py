@@ -1,0 +1,180 @@
+"""Names of the published PyTorch implementation to our parameters and back, on NumPy arrays.
+
+Published linear weights are (outputs, inputs); ours are (inputs, outputs), with heads as axes of
+their own and the layers stacked on the first axis.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from cfjax.errors import UserError
+from cfjax.models.layers import sincos_positions
+
+POSITION_TABLE = "pos_embed"
+LAYER = "blocks.{}."
+# Published name, our path. Layer names stand once, for every layer.
+NAMES = {
+    POSITION_TABLE: "token_positions",
+    "cond_pos_embed": "condition_positions",
+    "x_proj.weight": "token_embedding/kernel",
+    "x_proj.bias": "token_embedding/bias",
+    "t_embedder.mlp.0.weight": "timestep_embedding/fc1/kernel",
+    "t_embedder.mlp.0.bias": "timestep_embedding/fc1/bias",
+    "t_embedder.mlp.2.weight": "timestep_embedding/fc2/kernel",
+    "t_embedder.mlp.2.bias": "timestep_embedding/fc2/bias",
+    "y_embedder.embedding_table.weight": "label_table",
+    "final_layer.0.weight": "final_norm/scale",
+    "final_layer.0.bias": "final_norm/bias",
+    "final_layer.1.weight": "final_projection/kernel",
+    "final_layer.1.bias": "final_projection/bias",
+}
+LAYER_NAMES = {
+    "norm1.weight": "blocks/norm1/scale",
+    "norm1.bias": "blocks/norm1/bias",
+    "attn.qkv.weight": "blocks/attn/qkv/kernel",
+    "attn.q_norm.weight": "blocks/attn/q_norm/scale",
+    "attn.q_norm.bias": "blocks/attn/q_norm/bias",
+    "attn.k_norm.weight": "blocks/attn/k_norm/scale",
+    "attn.k_norm.bias": "blocks/attn/k_norm/bias",
+    "attn.proj.weight": "blocks/attn/proj/kernel",
+    "attn.proj.bias": "blocks/attn/proj/bias",
+    "norm2.weight": "blocks/norm2/scale",
+    "norm2.bias": "blocks/norm2/bias",
+    "mlp.fc1.weight": "blocks/mlp/fc1/kernel",
+    "mlp.fc1.bias": "blocks/mlp/fc1/bias",
+    "mlp.fc2.weight": "blocks/mlp/fc2/kernel",
+    "mlp.fc2.bias": "blocks/mlp/fc2/bias",
+}
+
+
+def params_from_published(
+    published: Mapping[str, np.ndarray], params_shape: Any, grid: tuple[int, int]
+) -> dict[str, Any]:
+    """Our parameters from a published state dict.
+
+    Args:
+      published: arrays by published name.
+      params_shape: the model's parameters, or their shapes (`jax.eval_shape` of the init).
+      grid: (rows, columns) of image tokens. A model with frozen positions has no parameter for
+        them; the published table is then checked against the sin-cos table.
+
+    Returns:
+      A nested dict like `params_shape`, of NumPy arrays in its dtypes.
+
+    Raises:
+      UserError: names are missing or extra, or shapes differ; all of them are listed.
+    """
+    flat = flax.traverse_util.flatten_dict(_unboxed(params_shape), sep="/")
+    expected = _published_shapes(flat, grid)
+    _check_names_and_shapes(published, expected)
+    if "token_positions" not in flat:
+        _check_frozen_positions(published[POSITION_TABLE], grid)
+    result = {}
+    for path, shape in flat.items():
+        names = _published_names(path, shape.shape[0])
+        arrays = [_to_ours(name, np.asarray(published[name])) for name in names]
+        array = np.stack(arrays) if path.startswith("blocks/") else arrays[0]
+        result[path] = array.reshape(shape.shape).astype(shape.dtype)
+    return flax.traverse_util.unflatten_dict(result, sep="/")
+
+
+def params_to_published(params: Any, grid: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The published state dict of our parameters; the inverse of `params_from_published`."""
+    flat = flax.traverse_util.flatten_dict(_unboxed(params), sep="/")
+    shapes = _published_shapes(flat, grid)
+    published = {}
+    for path, value in flat.items():
+        names = _published_names(path, value.shape[0])
+        arrays = np.asarray(value) if path.startswith("blocks/") else [np.asarray(value)]
+        for name, array in zip(names, arrays, strict=True):
+            published[name] = _to_published(name, array, shapes[name])
+    if POSITION_TABLE not in published:
+        width = flat["condition_positions"].shape[-1]
+        table = sincos_positions(width, grid).astype(np.float32)
+        published[POSITION_TABLE] = table.reshape(shapes[POSITION_TABLE])
+    return published
+
+
+def _unboxed(params: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.unbox() if hasattr(leaf, "unbox") else leaf,
+        params,
+        is_leaf=lambda leaf: hasattr(leaf, "unbox"),
+    )
+
+
+def _published_names(path: str, depth: int) -> list[str]:
+    for name, ours in NAMES.items():
+        if ours == path:
+            return [name]
+    for name, ours in LAYER_NAMES.items():
+        if ours == path:
+            return [LAYER.format(layer) + name for layer in range(depth)]
+    raise KeyError(f"parameter {path} has no published name")
+
+
+def _published_shapes(flat: Mapping[str, Any], grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    width = flat["condition_positions"].shape[-1]
+    shapes = {POSITION_TABLE: (1, grid[0] * grid[1], width)}
+    for path, value in flat.items():
+        in_layer = path.startswith("blocks/")
+        shape = value.shape[1:] if in_layer else value.shape
+        for name in _published_names(path, value.shape[0]):
+            shapes[name] = _published_shape(name, shape)
+    return shapes
+
+
+def _published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if name in (POSITION_TABLE, "cond_pos_embed"):
+        return (1, *shape)
+    if name == "y_embedder.embedding_table.weight":
+        return (shape[0], shape[1] * shape[2])
+    if name.endswith("qkv.weight"):
+        return (shape[1] * shape[2] * shape[3], shape[0])
+    if name.endswith("attn.proj.weight"):
+        return (shape[2], shape[0] * shape[1])
+    return shape[::-1]
+
+
+def _is_linear_weight(name: str, array: np.ndarray) -> bool:
+    return name.endswith(".weight") and array.ndim > 1 and "embedding_table" not in name
+
+
+def _to_ours(name: str, array: np.ndarray) -> np.ndarray:
+    return array.T if _is_linear_weight(name, array) else array
+
+
+def _to_published(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if _is_linear_weight(name, array):
+        return np.ascontiguousarray(array.reshape(shape[::-1]).T)
+    return array.reshape(shape)
+
+
+def _check_names_and_shapes(
+    published: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    problems = [f"missing {name}" for name in expected if name not in published]
+    problems += [f"extra {name}" for name in published if name not in expected]
+    problems += [
+        f"{name} is {tuple(published[name].shape)} but the model's is {shape}"
+        for name, shape in expected.items()
+        if name in published and tuple(published[name].shape) != shape
+    ]
+    if problems:
+        raise UserError(
+            f"the published weights don't fit the model: {'; '.join(problems)}; check the model "
+            "size, grid, condition tokens and number of classes."
+        )
+
+
+def _check_frozen_positions(table: np.ndarray, grid: tuple[int, int]) -> None:
+    difference = np.abs(table[0] - sincos_positions(table.shape[-1], grid)).max()
+    if difference > 1e-5:
+        raise UserError(
+            f"{POSITION_TABLE} differs from the frozen sin-cos table by up to {difference:.2g}; "
+            "load these weights into a model with learned positions."
+        )

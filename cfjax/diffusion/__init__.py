@@ -1,0 +1,1 @@
+"""The noise axis: schedules, the diffusion process, loss weighting and solvers."""

@@ -1,0 +1,167 @@
+"""Noise schedules: betas, their cumulative products, respacing for few denoising steps.
+
+Everything is computed in float64 NumPy once, and read as float32 constants inside jitted code.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from cfjax.errors import UserError, check_choice
+
+NOISE_SCHEDULES = ("linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """A discrete noise schedule of N timesteps; index i runs from 0 (least noise) to N - 1.
+
+    Attributes:
+      betas: float64 `[N]`, variance added at each timestep.
+      timestep_map: int32 `[N]`, the training timestep t that the network is told at index i; the
+        identity unless respaced.
+    """
+
+    betas: np.ndarray
+    timestep_map: np.ndarray
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.betas)
+
+    @property
+    def alphas_cumprod(self) -> np.ndarray:
+        """ᾱ, float64 `[N]`: x_t = sqrt(ᾱ) x_0 + sqrt(1 - ᾱ) ε (DDPM eq. 4)."""
+        return np.cumprod(1.0 - self.betas)
+
+    @property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        """ᾱ of the next less noisy index, 1 at index 0."""
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @property
+    def snr(self) -> np.ndarray:
+        """Signal-to-noise ratio ᾱ / (1 - ᾱ), float64 `[N]`."""
+        return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+
+    @property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{t-1} | x_t, x_0) (DDPM eq. 7), 0 at index 0."""
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """Logarithm of `posterior_variance`, with entry 1 in the place of entry 0 (-inf)."""
+        variance = _with_first_replaced(self.posterior_variance, self.posterior_variance)
+        return np.log(np.maximum(variance, 1e-20))
+
+    @property
+    def fixed_large_variance(self) -> np.ndarray:
+        """The betas as model variance, with the posterior's at index 0 (the published default)."""
+        return _with_first_replaced(self.betas, self.posterior_variance)
+
+    @property
+    def posterior_mean_coef1(self) -> np.ndarray:
+        """Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @property
+    def posterior_mean_coef2(self) -> np.ndarray:
+        """Coefficient of x_t in the mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
+        keep = 1.0 - self.alphas_cumprod_prev
+        return keep * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
+
+
+def _with_first_replaced(values: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    # A schedule of one denoising step has no entry 1; its last step adds no noise anyway.
+    second = variance[1] if len(variance) > 1 else values[0]
+    return np.append(second, values[1:])
+
+
+def make_noise_schedule(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
+    """A schedule of T timesteps.
+
+    Args:
+      name: "linear": betas from 1e-4 to 0.02, scaled by 1000 / T (DDPM); "cosine": squared-cosine ᾱ
+        with offset 0.008 and betas of at most 0.999 (improved DDPM eq. 17).
+      num_timesteps: T.
+
+    Raises:
+      UserError: unknown name, or T so small that a beta would leave (0, 1).
+    """
+    check_choice("noise schedule", name, NOISE_SCHEDULES)
+    if num_timesteps < 1:
+        raise UserError(f"num_timesteps is {num_timesteps}, but must be at least 1.")
+    if name == "linear":
+        scale = 1000 / num_timesteps
+        betas = np.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=np.float64)
+        if betas[-1] >= 1.0:
+            raise UserError(
+                f"num_timesteps is {num_timesteps}, but the linear noise schedule needs more than "
+                "20; train with more timesteps and respace them for sampling."
+            )
+    else:
+        edges = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+        alphas_cumprod = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1], 0.999)
+    return NoiseSchedule(betas, np.arange(num_timesteps, dtype=np.int32))
+
+
+def respace(schedule: NoiseSchedule, respacing: str | int) -> NoiseSchedule:
+    """The schedule seen at fewer timesteps, with the same ᾱ there (improved DDPM section 4).
+
+    Args:
+      schedule: a schedule of T timesteps.
+      respacing: "250" (that many, evenly from 0 to T - 1), "ddim50" (a constant integer stride) or
+        "10,15,20" (that many in each of three equal sections).
+
+    Raises:
+      UserError: the text is malformed, or asks for more timesteps than there are.
+    """
+    kept = np.asarray(respaced_timesteps(schedule.num_timesteps, str(respacing)), np.int32)
+    alphas_cumprod = schedule.alphas_cumprod[kept]
+    betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+    return NoiseSchedule(betas, schedule.timestep_map[kept])
+
+
+def respaced_timesteps(num_timesteps: int, respacing: str) -> list[int]:
+    """The kept timesteps, increasing; see `respace`."""
+    malformed = UserError(
+        f"respacing {respacing!r} is not understood; write a number of denoising steps such as "
+        "'250', 'ddim50' for a constant stride, or sections such as '10,15,20'."
+    )
+    if respacing.startswith("ddim"):
+        if not respacing[4:].isdigit():
+            raise malformed
+        count = int(respacing[4:])
+        for stride in range(1, num_timesteps + 1):
+            kept = range(0, num_timesteps, stride)
+            if len(kept) == count:
+                return list(kept)
+        raise UserError(
+            f"respacing {respacing!r}: no integer stride keeps exactly {count} of {num_timesteps} "
+            f"timesteps; use '{count}' for an uneven spacing."
+        )
+    try:
+        counts = [int(count) for count in respacing.split(",")]
+    except ValueError:
+        raise malformed from None
+    if min(counts) < 1:
+        raise malformed
+    size, rest = divmod(num_timesteps, len(counts))
+    kept, begin = [], 0
+    for section, count in enumerate(counts):
+        length = size + (1 if section < rest else 0)
+        if count > length:
+            raise UserError(
+                f"respacing {respacing!r} asks for {count} of {length} timesteps; ask for at most "
+                f"{length}."
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        # A running sum rounded half to even, as the published code does, decides ties.
+        for _ in range(count):
+            kept.append(begin + round(position))
+            position += stride
+        begin += length
+    return kept

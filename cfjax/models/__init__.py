@@ -1,0 +1,1 @@
+"""Networks: the CausalFusion transformer and the classifier that gives features for scoring."""

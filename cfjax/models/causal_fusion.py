@@ -1,0 +1,308 @@
+"""The CausalFusion transformer (paper section 3.2): decoder-only, pre-norm, no AdaLN.
+
+One network serves training, where condition, clean and noised tokens form one sequence under the
+generalized causal mask, and generation, where condition and clean tokens live in a KV cache that is
+an explicit value: `extend` returns a grown cache and `denoise` only reads it.
+
+All image tokens are given in generation order: entry j of `token_order` is the grid index of the
+token at position j.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cfjax.errors import UserError, check_choice
+from cfjax.factorization import (
+    CLEAN,
+    CONDITION,
+    NOISED,
+    MaskTerms,
+    generalized_causal_mask,
+    mask_terms,
+)
+from cfjax.models.attention import Attention
+from cfjax.models.layers import Mlp, TimestepEmbedding, dense, layer_norm, sincos_positions
+from cfjax.sharding import with_logical_axes
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+POSITION_EMBEDDINGS = ("learned", "sincos")
+
+# Paper tables 9 and 10; "h48" is the published code's H, whose paper row has 40 layers.
+SIZES = {
+    "tiny": {"width": 64, "depth": 2, "num_heads": 4},
+    "b": {"width": 768, "depth": 12, "num_heads": 12},
+    "l": {"width": 1024, "depth": 24, "num_heads": 16},
+    "xl": {"width": 1280, "depth": 32, "num_heads": 20},
+    "h": {"width": 1408, "depth": 40, "num_heads": 22},
+    "h48": {"width": 1408, "depth": 48, "num_heads": 22},
+}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the condition and clean tokens so far.
+
+    Attributes:
+      keys, values: `[layers, batch, capacity, heads, head_width]`.
+      length: int32 scalar, how many entries are filled.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    length: jax.Array
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; `cached` and `mask_terms` are None where there are none."""
+
+    num_heads: int
+    mlp_ratio: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cached: tuple[jax.Array, jax.Array] | None,
+        terms: MaskTerms | None,
+        mask: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        width = x.shape[-1]
+        if terms is not None:
+            mask = generalized_causal_mask(terms, terms)
+        normed = layer_norm("width", dtype=self.dtype, name="norm1")(x)
+        attention = Attention(self.num_heads, self.dtype, name="attn")
+        attended, keys, values = attention(normed, cached, mask)
+        x = nn.with_logical_constraint(x + attended, ("batch", "sequence", "activation_width"))
+        normed = layer_norm("width", dtype=self.dtype, name="norm2")(x)
+        x = x + Mlp(int(self.mlp_ratio * width), self.dtype, name="mlp")(normed)
+        x = nn.with_logical_constraint(x, ("batch", "sequence", "activation_width"))
+        return x, None if cached is None else (keys, values)
+
+
+class CausalFusion(nn.Module):
+    """The transformer.
+
+    Attributes:
+      width, depth, num_heads: D, number of layers, number of attention heads.
+      grid: (rows, columns) of image tokens; L = rows * columns.
+      token_width: values per image token, p * p * C.
+      num_classes: K; label K is the null class.
+      num_condition_tokens: n learned condition tokens per class.
+      condition_repeats: each class's n tokens are repeated this often (paper Table 8).
+      position_embedding: "learned" (starts at sin-cos) or "sincos" (frozen), of the image tokens.
+      mlp_ratio: hidden width of the MLP over D.
+      dtype: of the matrix products; parameters, norms and softmax are float32.
+      scan_layers: compile one layer and loop, instead of unrolling; the parameters are the same.
+      remat_policy: what the backward pass recomputes: "none", "dots" (all but matrix products) or
+        "full" (all but the layers' inputs).
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    grid: tuple[int, int]
+    token_width: int
+    num_classes: int
+    num_condition_tokens: int = 4
+    condition_repeats: int = 1
+    position_embedding: str = "learned"
+    mlp_ratio: float = 4.0
+    dtype: Any = jnp.float32
+    scan_layers: bool = True
+    remat_policy: str = "none"
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the number of image tokens."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def condition_length(self) -> int:
+        """The number of condition tokens in the sequence."""
+        return self.num_condition_tokens * self.condition_repeats
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class."""
+        return self.num_classes
+
+    def setup(self):
+        check_choice("remat policy", self.remat_policy, REMAT_POLICIES)
+        check_choice("position embedding", self.position_embedding, POSITION_EMBEDDINGS)
+        if self.width % self.num_heads:
+            raise UserError(f"width {self.width} is not divisible by {self.num_heads} heads.")
+        if self.width % 4:
+            raise UserError(f"width {self.width} is not divisible by 4, as 2-D positions need.")
+        normal = nn.initializers.normal(0.02)
+        self.label_table = self.param(
+            "label_table",
+            with_logical_axes(normal, ("classes", "condition", "width")),
+            (self.num_classes + 1, self.num_condition_tokens, self.width),
+        )
+        self.condition_positions = self.param(
+            "condition_positions",
+            with_logical_axes(normal, ("condition", "width")),
+            (self.condition_length, self.width),
+        )
+        sincos = jnp.asarray(sincos_positions(self.width, self.grid), jnp.float32)
+        if self.position_embedding == "learned":
+            self.token_positions = self.param(
+                "token_positions",
+                with_logical_axes(lambda *_: sincos, ("tokens", "width")),
+            )
+        else:
+            self.token_positions = sincos
+        self.token_embedding = dense(self.width, ("token_width", "width"), dtype=self.dtype)
+        self.timestep_embedding = TimestepEmbedding(self.width, self.dtype)
+        self.blocks = self._make_blocks()
+        self.final_norm = layer_norm("width", dtype=self.dtype)
+        self.final_projection = dense(
+            self.token_width,
+            ("width", "token_width"),
+            kernel_init=nn.initializers.zeros_init(),
+            dtype=self.dtype,
+        )
+
+    def _make_blocks(self) -> nn.Module:
+        block = Block
+        if self.remat_policy != "none":
+            policy = REMAT_POLICIES[self.remat_policy]
+            block = nn.remat(block, policy=policy, prevent_cse=not self.scan_layers)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=self.depth,
+            unroll=1 if self.scan_layers else self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(self.num_heads, self.mlp_ratio, self.dtype)
+
+    def __call__(
+        self,
+        labels: jax.Array,
+        clean_tokens: jax.Array,
+        noised_tokens: jax.Array,
+        t: jax.Array,
+        token_order: jax.Array,
+        ar_step_ids: jax.Array,
+    ) -> jax.Array:
+        """Predicts from one training sequence of condition, clean and noised tokens.
+
+        Args:
+          labels: int `[batch]`, `null_class` where the class is dropped.
+          clean_tokens: `[batch, M, token_width]`, the first M positions, M <= L. The clean tokens
+            of the last AR step are seen by no noised token, so any M that covers the steps before
+            it gives the same prediction.
+          noised_tokens: `[batch, copies, L, token_width]`; a copy does not see another.
+          t: timesteps `[batch, copies, L]`, or `[batch, copies, 1]` if shared by a copy's tokens.
+          token_order, ar_step_ids: `[batch, L]`.
+
+        Returns:
+          float32 `[batch, copies, L, token_width]`.
+        """
+        batch, copies, num_tokens, token_width = noised_tokens.shape
+        num_clean = clean_tokens.shape[1]
+        image = jnp.concatenate(
+            [clean_tokens, noised_tokens.reshape(batch, copies * num_tokens, token_width)], axis=1
+        )
+        image = self.token_embedding(image.astype(self.dtype))
+        positions = self._gather_positions(token_order)
+        clean = image[:, :num_clean] + positions[:, :num_clean]
+        noised = image[:, num_clean:].reshape(batch, copies, num_tokens, self.width)
+        noised = noised + positions[:, None] + self.timestep_embedding(t)
+        noised = noised.reshape(batch, copies * num_tokens, self.width)
+        x = jnp.concatenate([self.condition_tokens(labels), clean, noised], axis=1)
+        x = nn.with_logical_constraint(x, ("batch", "sequence", "activation_width"))
+
+        lengths = [self.condition_length, num_clean] + [num_tokens] * copies
+        kinds = [CONDITION, CLEAN] + [NOISED + copy for copy in range(copies)]
+        kinds = jnp.repeat(jnp.array(kinds), jnp.array(lengths), total_repeat_length=sum(lengths))
+        condition_ids = jnp.zeros((batch, self.condition_length), ar_step_ids.dtype)
+        ids = [condition_ids, ar_step_ids[:, :num_clean]] + [ar_step_ids] * copies
+        terms = mask_terms(kinds[None], jnp.concatenate(ids, axis=1), num_tokens)
+
+        x, _ = self.blocks(x, None, terms, None)
+        noised = x[:, -copies * num_tokens :]
+        return self._predict(noised).reshape(batch, copies, num_tokens, token_width)
+
+    def condition_tokens(self, labels: jax.Array) -> jax.Array:
+        """Labels int `[batch]` to condition tokens `[batch, condition_length, D]`."""
+        tokens = jnp.tile(self.label_table[labels], (1, self.condition_repeats, 1))
+        return (tokens + self.condition_positions[None]).astype(self.dtype)
+
+    def clean_image_tokens(self, tokens: jax.Array, grid_indices: jax.Array) -> jax.Array:
+        """Embeds clean tokens `[batch, M, token_width]` at grid indices `[batch, M]`: `[.., D]`."""
+        embedded = self.token_embedding(tokens.astype(self.dtype))
+        return embedded + self._gather_positions(grid_indices)
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A KV cache with room for `capacity` tokens and none in it."""
+        head_width = self.width // self.num_heads
+        shape = (self.depth, batch, capacity, self.num_heads, head_width)
+        zeros = jnp.zeros(shape, self.dtype)
+        return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
+
+    def extend(self, kv_cache: KVCache, embedded: jax.Array) -> KVCache:
+        """The cache after pushing embedded clean or condition tokens `[batch, M, D]`.
+
+        Tokens of one push see each other and all that the cache holds.
+        """
+        _, (keys, values) = self._decode(kv_cache, embedded)
+        write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, None, None))
+        return KVCache(
+            write(kv_cache.keys, keys.astype(kv_cache.keys.dtype), kv_cache.length, 1),
+            write(kv_cache.values, values.astype(kv_cache.values.dtype), kv_cache.length, 1),
+            kv_cache.length + embedded.shape[1],
+        )
+
+    def denoise(
+        self, kv_cache: KVCache, x_t: jax.Array, t: jax.Array, grid_indices: jax.Array
+    ) -> jax.Array:
+        """Predicts for the noised tokens of one AR step, given the cache, which is left as it is.
+
+        Args:
+          kv_cache: condition tokens and clean tokens of the AR steps before.
+          x_t: noised tokens `[batch, M, token_width]`.
+          t: timestep int `[batch]`.
+          grid_indices: int `[batch, M]`.
+
+        Returns:
+          float32 `[batch, M, token_width]`.
+        """
+        embedded = self.clean_image_tokens(x_t, grid_indices)
+        embedded = embedded + self.timestep_embedding(t)[:, None]
+        decoded, _ = self._decode(kv_cache, embedded)
+        return self._predict(decoded)
+
+    def _decode(
+        self, kv_cache: KVCache, x: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        capacity = kv_cache.keys.shape[2]
+        filled = jnp.arange(capacity) < kv_cache.length
+        mask = jnp.concatenate([filled, jnp.ones(x.shape[1], bool)])[None, None]
+        return self.blocks(x, (kv_cache.keys, kv_cache.values), None, mask)
+
+    def _gather_positions(self, grid_indices: jax.Array) -> jax.Array:
+        return jnp.asarray(self.token_positions)[grid_indices].astype(self.dtype)
+
+    def _predict(self, x: jax.Array) -> jax.Array:
+        return self.final_projection(self.final_norm(x)).astype(jnp.float32)
+
+
+def named_size(name: str) -> dict[str, int]:
+    """Width, depth and number of heads of a named size of the paper, such as "xl".
+
+    Raises:
+      UserError: unknown name.
+    """
+    check_choice("model size", name, SIZES)
+    return dict(SIZES[name])
