@@ -67,6 +67,7 @@ class Factorization:
             raise UserError(f"ar_step_decay is {self.ar_step_decay}, but must be in (0, 1].")
         if self.num_ar_steps < 1:
             raise UserError(f"num_ar_steps is {self.num_ar_steps}, but must be at least 1.")
+        _check_order_sizes(self.block_size, self.dilation_stride)
 
 
 def sample_plan(
@@ -119,6 +120,18 @@ def _sample_ar_step_ids(factorization: Factorization, key: jax.Array, num_tokens
     count_key, cut_key = jax.random.split(key)
     num_ar_steps = sample_num_ar_steps(count_key, num_tokens, decay)
     return sample_ar_step_ids(cut_key, num_tokens, num_ar_steps)
+
+
+def max_clean_tokens(factorization: Factorization, num_tokens: int) -> int:
+    """How many clean tokens a training sequence needs at most: those of all AR steps but the last.
+
+    Nobody but themselves sees the clean tokens of the last AR step, so that they can be left out.
+    """
+    if factorization.mode == "diffusion":
+        return 0
+    if factorization.mode == "fixed":
+        return num_tokens - equal_split_sizes(num_tokens, factorization.num_ar_steps)[-1]
+    return num_tokens - 1
 
 
 def num_ar_steps_probabilities(num_tokens: int, decay: float) -> np.ndarray:
@@ -209,14 +222,24 @@ def token_order(
 
     Returns:
       `[B, L]` int32, the row-major grid index of the token at each position.
+
+    Raises:
+      UserError: unknown name, or a size below 1.
     """
     check_choice("token order", name, TOKEN_ORDERS)
+    _check_order_sizes(block_size, dilation_stride)
     num_tokens = grid[0] * grid[1]
     if name == "random":
         order = jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(keys)
         return order.astype(jnp.int32)
     order = _fixed_order(name, grid, block_size, dilation_stride)
     return jnp.broadcast_to(jnp.asarray(order), (keys.shape[0], num_tokens))
+
+
+def _check_order_sizes(block_size: int, dilation_stride: int) -> None:
+    for name, size in (("block_size", block_size), ("dilation_stride", dilation_stride)):
+        if size < 1:
+            raise UserError(f"{name} is {size}, but must be at least 1.")
 
 
 def _fixed_order(
@@ -226,12 +249,8 @@ def _fixed_order(
     if name == "raster":
         sort_keys = (row, column)
     elif name == "block_raster":
-        if block_size < 1:
-            raise UserError(f"block_size is {block_size}, but must be at least 1.")
         sort_keys = (row // block_size, column // block_size, row, column)
     else:
-        if dilation_stride < 1:
-            raise UserError(f"dilation_stride is {dilation_stride}, but must be at least 1.")
         sort_keys = (row % dilation_stride, column % dilation_stride, row, column)
     return np.lexsort(sort_keys[::-1]).astype(np.int32)
 
