@@ -109,6 +109,26 @@ def config_from_json(text: str) -> ConfigDict:
     return config
 
 
+def changed_keys(before: str, now: ConfigDict) -> list[str]:
+    """What differs between an earlier config, as JSON, and one of now, as "key: old -> new"."""
+    old, new = (_flat(config) for config in (config_from_json(before), now))
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{name}": inner for name, inner in _flat(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
 def _lists_to_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _lists_to_tuples(child) for key, child in value.items()}

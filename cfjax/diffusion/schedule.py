@@ -16,6 +16,9 @@ NOISE_SCHEDULES = ("linear", "cosine")
 class NoiseSchedule:
     """A discrete noise schedule of N timesteps; index i runs from 0 (least noise) to N - 1.
 
+    Equal by content and hashable, so that equal schedules share one compilation as static
+    arguments.
+
     Attributes:
       betas: float64 `[N]`, variance added at each timestep.
       timestep_map: int32 `[N]`, the training timestep t that the network is told at index i; the
@@ -24,6 +27,17 @@ class NoiseSchedule:
 
     betas: np.ndarray
     timestep_map: np.ndarray
+
+    # By content, so that equal schedules share a compiled program.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and self._content == other._content
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    @property
+    def _content(self) -> tuple[bytes, bytes]:
+        return self.betas.tobytes(), self.timestep_map.tobytes()
 
     @property
     def num_timesteps(self) -> int:

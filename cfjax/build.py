@@ -1,0 +1,191 @@
+"""From a config to the values that the rooms below take; ConfigDicts go no deeper than here."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cfjax import data, sharding, train_state
+from cfjax.diffusion.schedule import NoiseSchedule, make_noise_schedule, respace
+from cfjax.diffusion.solvers import Solver
+from cfjax.errors import UserError, check_choice
+from cfjax.factorization import (
+    Factorization,
+    check_split_sizes,
+    equal_split_sizes,
+    max_clean_tokens,
+)
+from cfjax.models.causal_fusion import CausalFusion
+from cfjax.objective import Objective
+from cfjax.optimizer import OptimizerSettings
+from cfjax.sampling import Guidance, SamplingSettings
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def model(config: ConfigDict) -> CausalFusion:
+    """The transformer for the images of `config.data`."""
+    model, data = config.model, config.data
+    check_choice("dtype", model.dtype, DTYPES)
+    if data.size % model.patch_size:
+        raise UserError(
+            f"model.patch_size {model.patch_size} does not divide data.size {data.size}; choose a"
+            " divisor."
+        )
+    rows = data.size // model.patch_size
+    return CausalFusion(
+        width=model.width,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        grid=(rows, rows),
+        token_width=model.patch_size**2 * data.channels,
+        num_classes=data.num_classes,
+        num_condition_tokens=model.num_condition_tokens,
+        condition_repeats=model.condition_repeats,
+        position_embedding=model.position_embedding,
+        mlp_ratio=model.mlp_ratio,
+        dtype=DTYPES[model.dtype],
+        scan_layers=model.scan_layers,
+        remat_policy=model.remat_policy,
+    )
+
+
+def factorization(config: ConfigDict) -> Factorization:
+    """The AR axis in training."""
+    return Factorization(**config.factorization)
+
+
+def noise_schedule(config: ConfigDict) -> NoiseSchedule:
+    """The noise axis in training, all T timesteps."""
+    return make_noise_schedule(config.diffusion.noise_schedule, config.diffusion.num_timesteps)
+
+
+def objective(config: ConfigDict) -> Objective:
+    """The training objective."""
+    diffusion, loss = config.diffusion, config.loss
+    return Objective(
+        factorization=factorization(config),
+        schedule=noise_schedule(config),
+        prediction_type=diffusion.prediction_type,
+        timestep_sharing=diffusion.timestep_sharing,
+        timesteps_per_ar_step=diffusion.timesteps_per_ar_step,
+        ar_loss_weight=loss.ar_loss_weight,
+        ar_loss_weight_schedule=loss.ar_loss_weight_schedule,
+        noise_level_weighting=loss.noise_level_weighting,
+        noise_level_gamma=loss.noise_level_gamma,
+        class_dropout=loss.class_dropout,
+    )
+
+
+def optimizer_settings(config: ConfigDict) -> OptimizerSettings:
+    """The optimizer, but for the decay of the EMA."""
+    optimizer = config.optimizer
+    return OptimizerSettings(
+        learning_rate=optimizer.learning_rate,
+        schedule=optimizer.schedule,
+        warmup_steps=optimizer.warmup_steps,
+        num_train_steps=config.train.num_train_steps,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+
+
+def mesh(config: ConfigDict) -> Mesh:
+    """The mesh over all devices, after checking that it divides batch and model."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    sharding.check_batch_divides(config.train.global_batch_size, mesh)
+    sharding.check_axes_divide(
+        mesh,
+        activation_heads=config.model.num_heads,
+        activation_mlp=int(config.model.mlp_ratio * config.model.width),
+    )
+    return mesh
+
+
+def init_params(model: CausalFusion, num_clean: int = 1) -> Callable[[jax.Array], Any]:
+    """A key to fresh parameters, boxed with their logical axes."""
+
+    def init(key):
+        positions = jnp.zeros((1, model.num_tokens), jnp.int32)
+        return model.init(
+            key,
+            jnp.zeros(1, jnp.int32),
+            jnp.zeros((1, num_clean, model.token_width)),
+            jnp.zeros((1, 1, model.num_tokens, model.token_width)),
+            jnp.zeros((1, 1, 1), jnp.int32),
+            positions,
+            positions,
+        )["params"]
+
+    return init
+
+
+def init_state(
+    model: CausalFusion, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array], train_state.TrainState]:
+    """A key to the state before the first train step, boxed with its logical axes."""
+    init = init_params(model)
+    return lambda key: train_state.create(init(key), optimizer)
+
+
+def source(config: ConfigDict, split: str) -> data.Source:
+    """The images of `config.data`: split "train" or "held_out"."""
+    return data.open_source(
+        config.data.name,
+        config.data.path,
+        split,
+        size=config.data.size,
+        channels=config.data.channels,
+        on_corrupt=config.data.on_corrupt,
+    )
+
+
+def sampling_settings(
+    config: ConfigDict, split_sizes: tuple[int, ...] = ()
+) -> tuple[SamplingSettings, NoiseSchedule]:
+    """How to sample, and the schedule respaced to the denoising steps.
+
+    Args:
+      config: read are `sampling`, `diffusion`, `factorization` and the number of tokens.
+      split_sizes: instead of `config.sampling.num_ar_steps` equal ones.
+
+    Raises:
+      UserError: more AR steps than tokens, split sizes that don't sum to them, or a value out of
+        range.
+    """
+    sampling = config.sampling
+    num_tokens = model(config).num_tokens
+    if split_sizes:
+        split_sizes = check_split_sizes(split_sizes, num_tokens)
+    else:
+        split_sizes = equal_split_sizes(num_tokens, sampling.num_ar_steps)
+    settings = SamplingSettings(
+        split_sizes=split_sizes,
+        token_order=sampling.token_order,
+        block_size=config.factorization.block_size,
+        dilation_stride=config.factorization.dilation_stride,
+        solver=Solver(
+            name=sampling.solver,
+            prediction_type=config.diffusion.prediction_type,
+            variance=sampling.variance,
+            eta=sampling.eta,
+            clip_x_start=sampling.clip_x_start,
+        ),
+        guidance=Guidance(sampling.guidance_scale, tuple(sampling.guidance_interval)),
+    )
+    return settings, respace(noise_schedule(config), sampling.denoising_steps)
+
+
+def sequence_length(config: ConfigDict) -> int:
+    """T, the tokens of one training sequence: condition, clean and noised."""
+    transformer = model(config)
+    clean = max_clean_tokens(factorization(config), transformer.num_tokens)
+    noised = config.diffusion.timesteps_per_ar_step * transformer.num_tokens
+    return transformer.condition_length + clean + noised

@@ -1,0 +1,109 @@
+"""Draws a run: `python -m cfjax.draw --checkpoint runs/mnist --out runs/mnist/pictures`.
+
+- `samples.png`: a row a class, a column a number of AR steps; one column is one trained model at one
+  place of the factorization plane.
+- `factorization_plane.png`: how one image emerges along AR steps and noise levels.
+- `training_curves.png`, if the checkpoint lies in its run's workdir.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags, logging
+
+from cfjax import program
+from cfjax.data.images import to_uint8
+from cfjax.metric_log import METRICS_FILE, read_metrics
+from cfjax.models.patches import unpatchify
+from cfjax.sample import define_sampling_flags, integers, sampling_overrides
+from cfjax.sampler import Sampler, load
+from cfjax.visualization import (
+    emerging_images,
+    paint_missing,
+    save_factorization_plane,
+    save_samples_by_ar_steps,
+    save_training_curves,
+)
+
+MAX_ROWS = 10
+NUM_NOISE_LEVELS = 8
+
+
+def default_ar_steps(num_tokens: int, side: int) -> tuple[int, ...]:
+    """From pure diffusion to pure AR: 1, 2, 4, as many as the grid has rows, and L."""
+    return tuple(sorted({s for s in (1, 2, 4, side, num_tokens) if s <= num_tokens}))
+
+
+def samples_by_ar_steps(
+    sampler: Sampler, ar_steps: Sequence[int], seed: int, overrides: dict
+) -> np.ndarray:
+    """uint8 `[classes, AR steps, H, W, C]`: the same seed everywhere."""
+    labels = np.arange(min(MAX_ROWS, sampler.model.num_classes))
+    columns = [
+        sampler.generate(labels, seed=seed, num_ar_steps=num_ar_steps, **overrides)
+        for num_ar_steps in ar_steps
+    ]
+    return np.stack(columns, axis=1)
+
+
+def factorization_plane(
+    sampler: Sampler, label: int, num_ar_steps: int, seed: int, overrides: dict
+) -> tuple[np.ndarray, list[int]]:
+    """Frames uint8 `[AR steps, noise levels, H, W, 3]` and the timestep of each column."""
+    trajectory, schedule = sampler.trajectory(label, seed, num_ar_steps=num_ar_steps, **overrides)
+    last = schedule.num_timesteps - 1
+    denoising_steps = np.unique(np.linspace(0, last, NUM_NOISE_LEVELS).round().astype(int))
+    frames = emerging_images(
+        trajectory.token_order[0], [x[:, 0] for x in trajectory.x_t], list(denoising_steps)
+    )
+    flat = frames.reshape(-1, *frames.shape[2:])
+    images = unpatchify(flat, sampler.config.model.patch_size, sampler.model.grid)
+    rgb = paint_missing(images, to_uint8(np.nan_to_num(images)))
+    # After denoising step d the sample is at the timestep that comes next; 0 at the end.
+    timesteps = np.append(schedule.timestep_map[::-1], 0)[denoising_steps + 1]
+    return rgb.reshape(*frames.shape[:2], *rgb.shape[1:]), timesteps.tolist()
+
+
+def main(_: Sequence[str]) -> None:
+    """Runs the program."""
+    values = flags.FLAGS.flag_values_dict()
+    out, seed, overrides = Path(values["out"]), values["seed"], sampling_overrides()
+    sampler = load(values["checkpoint"], values["train_step"])
+    model = sampler.model
+    ar_steps = integers("ar_steps", values["ar_steps"]) or default_ar_steps(
+        model.num_tokens, model.grid[0]
+    )
+    for num_ar_steps in ar_steps:  # refused before the first is drawn
+        sampler.settings(overrides | {"num_ar_steps": num_ar_steps})
+    sampler.check_labels([values["class"]])
+    program.check_workdir_writable(out)
+
+    images = samples_by_ar_steps(sampler, ar_steps, seed, overrides)
+    save_samples_by_ar_steps(
+        out / "samples.png",
+        images,
+        [str(label) for label in range(len(images))],
+        [f"S = {num_ar_steps}" for num_ar_steps in ar_steps],
+    )
+    plane_ar_steps = min(values["plane_ar_steps"], model.num_tokens)
+    frames, timesteps = factorization_plane(
+        sampler, values["class"], plane_ar_steps, seed, overrides
+    )
+    save_factorization_plane(
+        out / "factorization_plane.png", frames, range(1, plane_ar_steps + 1), timesteps
+    )
+    drawn = ["samples.png", "factorization_plane.png"]
+    if (Path(values["checkpoint"]) / METRICS_FILE).exists():
+        save_training_curves(out / "training_curves.png", read_metrics(values["checkpoint"]))
+        drawn.append("training_curves.png")
+    logging.info("%s are in %s.", ", ".join(drawn), out)
+
+
+if __name__ == "__main__":
+    define_sampling_flags()
+    flags.DEFINE_string("out", None, "Folder of the pictures.", required=True)
+    flags.DEFINE_list("ar_steps", [], "Columns of samples.png; by default 1 to L.")
+    flags.DEFINE_integer("class", 3, "Class of the image of factorization_plane.png.")
+    flags.DEFINE_integer("plane_ar_steps", 7, "Its AR steps.", lower_bound=1)
+    program.run(main)

@@ -1,0 +1,197 @@
+"""A trained model ready to generate images: the Python API of sampling.
+
+sampler = cfjax.load("runs/mnist")
+images = sampler.generate(labels=[3, 1, 4], num_ar_steps=7, guidance_scale=2.0)
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from cfjax import build, checkpoints, sampling, sharding
+from cfjax.config_loading import config_from_json
+from cfjax.data.images import to_uint8
+from cfjax.diffusion.schedule import NoiseSchedule
+from cfjax.errors import UserError, check_choice
+from cfjax.models.causal_fusion import CausalFusion
+from cfjax.models.patches import unpatchify
+from cfjax.rng import per_example_keys, stream_key
+
+
+def load(directory: str | PathLike, train_step: int | None = None) -> "Sampler":
+    """The EMA model of a checkpoint.
+
+    Args:
+      directory: a run's workdir, its `checkpoints/` folder, or one checkpoint.
+      train_step: which checkpoint, by default the latest.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is corrupt.
+    """
+    config = config_from_json(checkpoints.read_config(directory, train_step))
+    model = build.model(config)
+    mesh = sharding.make_mesh()
+    abstract = sharding.abstract_sharded(build.init_params(model), mesh, jax.random.key(0))
+    params = checkpoints.restore_ema(directory, abstract, train_step)
+    return Sampler(config, model, params, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A model with its parameters; from `load`.
+
+    Attributes:
+      config: of the run that trained it; `config.sampling` holds the defaults of `generate`.
+      model: the transformer.
+      params: its parameters, on every device of `mesh`.
+      mesh: over which a batch is split.
+    """
+
+    config: ConfigDict
+    model: CausalFusion
+    params: Any
+    mesh: jax.sharding.Mesh
+
+    def generate(
+        self,
+        labels: Sequence[int],
+        *,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 256,
+        split_sizes: Sequence[int] = (),
+        **overrides: Any,
+    ) -> np.ndarray:
+        """Generates an image for each label.
+
+        Args:
+          labels: class of each image; `num_classes` for none.
+          seed: of the noise and the token orders.
+          first_index: index of the first image; image i depends on (seed, i) and its label alone.
+          batch_size: images at a time; rounded up to a multiple of the devices.
+          split_sizes: tokens of each AR step, instead of `num_ar_steps`.
+          **overrides: fields of `config.sampling`, such as `num_ar_steps=7`.
+
+        Returns:
+          uint8 `[N, H, W, C]`.
+
+        Raises:
+          UserError: an unknown field, or a value out of range.
+        """
+        settings, schedule = self.settings(overrides, split_sizes)
+        labels = self.check_labels(labels)
+        batches = self.stream(labels, settings, schedule, seed, first_index, batch_size)
+        return np.concatenate(list(batches))
+
+    def settings(
+        self, overrides: Mapping[str, Any], split_sizes: Sequence[int] = ()
+    ) -> tuple[sampling.SamplingSettings, NoiseSchedule]:
+        """`config.sampling` with fields overridden, checked.
+
+        Raises:
+          UserError: an unknown field, or a value out of range.
+        """
+        config = self.config.copy_and_resolve_references()
+        for name, value in overrides.items():
+            check_choice("sampling option", name, config.sampling)
+            config.sampling[name] = value
+        return build.sampling_settings(config, tuple(split_sizes))
+
+    def check_labels(self, labels: Sequence[int]) -> np.ndarray:
+        """Labels as int32 `[N]`.
+
+        Raises:
+          UserError: there is none, or one is not a class of the model.
+        """
+        labels = np.asarray(labels, np.int32).reshape(-1)
+        null_class = self.model.null_class
+        outside = labels[(labels < 0) | (labels > null_class)]
+        if outside.size:
+            raise UserError(
+                f"class {outside[0]} is out of range: the model has the classes 0 to"
+                f" {null_class - 1}, and {null_class} for none."
+            )
+        if not labels.size:
+            raise UserError("there is no label; pass a class for each image.")
+        return labels
+
+    def stream(
+        self,
+        labels: np.ndarray,
+        settings: sampling.SamplingSettings,
+        schedule: NoiseSchedule,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 256,
+    ) -> Iterator[np.ndarray]:
+        """Yields images batch by batch, uint8 `[<= batch_size, H, W, C]`; see `generate`.
+
+        The next batch runs while the caller works on one. On several processes all get all images.
+        """
+        sharded = sharding.batch_sharding(self.mesh)
+        num_devices = self.mesh.size
+        size = -(-min(batch_size, len(labels)) // num_devices) * num_devices
+
+        def start(begin: int) -> jax.Array:
+            rows = np.minimum(np.arange(begin, begin + size), len(labels) - 1)
+            on_mesh = [
+                jax.make_array_from_callback(x.shape, sharded, x.__getitem__)
+                for x in (labels[rows], (first_index + rows).astype(np.uint32))
+            ]
+            return _generate_images(
+                self.model,
+                self.params,
+                schedule,
+                settings,
+                self.config.model.patch_size,
+                stream_key(seed, "sample"),
+                *on_mesh,
+            )
+
+        begins = range(0, len(labels), size)
+        with sharding.activate(self.mesh):
+            running = start(0)
+            for begin in begins:
+                finished = running
+                if begin + size < len(labels):
+                    running = start(begin + size)
+                images = multihost_utils.process_allgather(finished, tiled=True)
+                yield to_uint8(images[: len(labels) - begin])
+
+    def trajectory(
+        self, label: int, seed: int = 0, index: int = 0, **overrides: Any
+    ) -> tuple[sampling.Trajectory, NoiseSchedule]:
+        """How image `index` emerges: see `sampling.Trajectory`, with a batch of one.
+
+        Args:
+          label: its class.
+          seed, index: as in `generate`.
+          **overrides: fields of `config.sampling`.
+
+        Returns:
+          The trajectory, of NumPy arrays, and the schedule of its denoising steps.
+        """
+        settings, schedule = self.settings(overrides)
+        keys = per_example_keys(stream_key(seed, "sample"), jnp.array([index], jnp.uint32))
+        labels = jnp.asarray(self.check_labels([label]))
+        with sharding.activate(self.mesh):
+            _, trajectory = sampling.generate(
+                self.model, self.params, schedule, settings, labels, keys, return_trajectory=True
+            )
+        return jax.device_get(trajectory), schedule
+
+
+def _generate_images(model, params, schedule, settings, patch_size, key, labels, indices):
+    keys = per_example_keys(key, indices)
+    tokens = sampling.generate(model, params, schedule, settings, labels, keys)
+    return unpatchify(tokens, patch_size, model.grid)
+
+
+_generate_images = jax.jit(_generate_images, static_argnums=(0, 2, 3, 4))

@@ -1,0 +1,192 @@
+"""Trains a model: `python -m cfjax.train --config configs/mnist.py --workdir runs/mnist`.
+
+The same command resumes; after a kill the run ends with the very bits it would have had. The
+workdir holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags, logging
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cfjax import build, checkpoints, objective, program, sharding, train_state
+from cfjax.config_loading import changed_keys, config_to_json, define_config_flag
+from cfjax.data.images import to_uint8
+from cfjax.data.loader import TrainLoader
+from cfjax.metric_log import MetricLog
+from cfjax.models.causal_fusion import CausalFusion
+from cfjax.models.patches import patchify, unpatchify
+from cfjax.optimizer import learning_rate_schedule, make_optimizer
+from cfjax.rng import per_example_keys, stream_key
+from cfjax.sampling import generate
+from cfjax.train_progress import Totals, TrainProgress
+from cfjax.train_state import TrainState
+from cfjax.visualization import image_grid
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    *,
+    model: CausalFusion,
+    objective_: objective.Objective,
+    optimizer: optax.GradientTransformation,
+    patch_size: int,
+    ema_decay: float,
+    seed: int,
+) -> tuple[TrainState, Totals]:
+    """One train step, pure.
+
+    Args:
+      state: before the train step.
+      batch: "image" float32 `[batch, H, W, C]` in [-1, 1] and "label" int32 `[batch]`.
+      model, objective_, optimizer, patch_size, ema_decay, seed: fixed for the run.
+
+    Returns:
+      The state after it and metrics as `(sum, count)` by name.
+    """
+    tokens = patchify(batch["image"], patch_size)
+    drawn = objective.corrupt(objective_, model, batch["label"], seed, state.train_step)
+
+    def loss_fn(params):
+        output = objective.loss(objective_, model, params, tokens, drawn)
+        return output.loss, output.squared_error
+
+    (loss, squared_error), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    state = train_state.apply_gradients(state, grads, optimizer, ema_decay)
+    totals = objective.loss_breakdown(objective_, drawn, squared_error)
+    totals |= {"loss": (loss, 1.0), "gradient_norm": (optax.global_norm(grads), 1.0)}
+    return state, totals
+
+
+def train(config: ConfigDict, workdir: str) -> TrainState:
+    """Trains to the end, resuming from the workdir's last checkpoint.
+
+    Args:
+      config: see `configs/default.py`.
+      workdir: of the run; on several hosts, on storage that all share.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: bad input, or a loss that is no longer finite.
+    """
+    mesh = build.mesh(config)
+    settings = build.optimizer_settings(config)
+    optimizer = make_optimizer(settings)
+    model = build.model(config)
+    objective_ = build.objective(config)
+    build.sampling_settings(config)  # refused now rather than after training
+    init = build.init_state(model, optimizer)
+    init_key = stream_key(config.seed, "init")
+    abstract_state = sharding.abstract_sharded(init, mesh, init_key)
+    source = build.source(config, "train")
+    program.check_workdir_writable(workdir)
+
+    latest = checkpoints.latest_train_step(workdir)
+    if latest is None:
+        state, examples_seen = sharding.born_sharded(init, mesh, init_key), 0
+    else:
+        state, examples_seen = checkpoints.restore_state(workdir, abstract_state, latest)
+        for change in changed_keys(checkpoints.read_config(workdir, latest), config):
+            logging.warning("The config differs from the checkpoint's: %s.", change)
+    _describe(config, mesh, abstract_state, len(source), latest)
+
+    batch_size, num_train_steps = config.train.global_batch_size, config.train.num_train_steps
+    one_train_step = jax.jit(
+        lambda state, batch: train_step(
+            state,
+            batch,
+            model=model,
+            objective_=objective_,
+            optimizer=optimizer,
+            patch_size=config.model.patch_size,
+            ema_decay=config.optimizer.ema_decay,
+            seed=config.seed,
+        ),
+        donate_argnums=0,
+        out_shardings=(
+            jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
+            sharding.replicated(mesh),
+        ),
+    )
+    first = int(state.train_step)
+    loader = TrainLoader(
+        source,
+        seed=config.seed,
+        rows=sharding.batch_rows(batch_size, mesh),
+        global_batch_size=batch_size,
+        examples_seen=examples_seen,
+        horizontal_flip=config.data.horizontal_flip,
+        num_threads=config.data.num_threads,
+    )
+    writer = checkpoints.CheckpointWriter(workdir, config.train.keep_checkpoints)
+    with loader, writer, MetricLog(workdir, first) as log, sharding.activate(mesh):
+        progress = TrainProgress(
+            log,
+            learning_rate_schedule(settings),
+            first=first,
+            last=num_train_steps,
+            log_every=config.train.log_every,
+            batch_size=batch_size,
+        )
+        for number in range(first + 1, num_train_steps + 1):
+            batch = sharding.assemble_global_batch(next(loader), mesh)
+            state, totals = one_train_step(state, batch)
+            progress.add(number, totals)
+            is_last = number == num_train_steps
+            if is_last or number % config.train.checkpoint_every == 0:
+                progress.check_finite()  # a state that is not finite is never saved
+                writer.save(state, config_to_json(config), number * batch_size)
+            if config.train.sample_every and (is_last or number % config.train.sample_every == 0):
+                log.image(number, "samples", _sample_grid(config, model, state.ema_params))
+    logging.info("Train step %d of %d is saved in %s.", state.train_step, num_train_steps, workdir)
+    return state
+
+
+def _describe(
+    config: ConfigDict, mesh: Mesh, state: TrainState, num_examples: int, latest: int | None
+) -> None:
+    logging.info(
+        "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    )
+    logging.info(
+        "%d training images, %d to a batch; %d tokens a sequence; mesh %s of %s; %s.",
+        num_examples,
+        config.train.global_batch_size,
+        build.sequence_length(config),
+        ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        mesh.devices.flat[0].device_kind,
+        "from scratch" if latest is None else f"resuming after train step {latest}",
+    )
+
+
+def _sample_grid(config: ConfigDict, model: CausalFusion, params: Any) -> np.ndarray:
+    """uint8 picture of one sample a class, of at most 10 classes."""
+    labels = np.arange(min(10, config.data.num_classes))
+    settings, schedule = build.sampling_settings(config)
+    keys = per_example_keys(stream_key(config.seed, "samples"), jnp.arange(len(labels)))
+    tokens = generate(model, params, schedule, settings, jnp.asarray(labels), keys)
+    images = unpatchify(jax.device_get(tokens), config.model.patch_size, model.grid)
+    return image_grid(to_uint8(np.asarray(images)), num_columns=len(labels))
+
+
+def main(_: Sequence[str]) -> None:
+    """Runs the program."""
+    program.initialize_distributed()
+    train(flags.FLAGS["config"].value, flags.FLAGS["workdir"].value)
+
+
+if __name__ == "__main__":
+    define_config_flag()
+    flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+    program.define_distributed_flags()
+    program.run(main)

@@ -1,0 +1,188 @@
+"""Pictures of a run: grids of samples, training curves, the factorization plane.
+
+The only room that imports matplotlib.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def image_grid(images: np.ndarray, num_columns: int, margin: int = 2) -> np.ndarray:
+    """Tiles images row by row on white.
+
+    Args:
+      images: uint8 `[N, H, W, C]`, C of 1 or 3.
+      num_columns: images side by side; the last row may be shorter.
+      margin: pixels around each image.
+
+    Returns:
+      uint8 `[height, width, C]`.
+    """
+    count, height, width, channels = images.shape
+    num_rows = -(-count // num_columns)
+    padded = np.full(
+        (num_rows * num_columns, height + 2 * margin, width + 2 * margin, channels), 255, np.uint8
+    )
+    padded[:count, margin : margin + height, margin : margin + width] = images
+    rows = padded.reshape(num_rows, num_columns, *padded.shape[1:]).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(num_rows * padded.shape[1], num_columns * padded.shape[2], channels)
+
+
+def save_samples_by_ar_steps(
+    path: str | PathLike, images: np.ndarray, row_names: Sequence[str], column_names: Sequence[str]
+) -> None:
+    """A table of pictures: a row a class, a column a number of AR steps.
+
+    Args:
+      path: of the PNG.
+      images: uint8 `[rows, columns, H, W, C]`.
+      row_names, column_names: the labels beside and above.
+    """
+    num_rows, num_columns = images.shape[:2]
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(1.0 * num_columns + 0.6, 1.0 * num_rows + 0.5),
+        squeeze=False,
+    )
+    for row in range(num_rows):
+        for column in range(num_columns):
+            _show(axes[row, column], images[row, column])
+            if row == 0:
+                axes[row, column].set_title(column_names[column], fontsize=9)
+        axes[row, 0].set_ylabel(row_names[row], fontsize=9)
+    _save(figure, path)
+
+
+def save_training_curves(path: str | PathLike, metrics: Sequence[dict[str, Any]]) -> None:
+    """Loss, loss by AR-step index, loss by noise level, learning rate over train steps.
+
+    Args:
+      path: of the PNG.
+      metrics: lines of the metric log, from `metric_log.read_metrics`.
+    """
+    names = sorted({name for line in metrics for name in line}, key=_natural)
+    by_ar_step = [name for name in names if name.startswith("loss/ar_step")]
+    by_noise = [name for name in names if name.startswith("loss/noise_quartile")]
+    panels = [
+        ("weighted loss", ["loss"], True),
+        ("squared error by AR step", by_ar_step, True),
+        ("squared error by noise-level quartile", by_noise, True),
+        ("learning rate", ["learning_rate"], False),
+    ]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    for ax, (title, curves, is_logarithmic) in zip(axes.flat, panels, strict=True):
+        colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, max(len(curves), 1)))
+        for name, color in zip(curves, colors, strict=False):
+            points = [(line["train_step"], line[name]) for line in metrics if name in line]
+            label = name.removeprefix("loss/").replace("_", " ")
+            ax.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.2)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("train step", fontsize=9)
+        ax.grid(alpha=0.3)
+        if is_logarithmic:
+            ax.set_yscale("log")
+        if len(curves) > 1:
+            ax.legend(fontsize=7)
+    _save(figure, path)
+
+
+def save_factorization_plane(
+    path: str | PathLike,
+    frames: np.ndarray,
+    ar_steps: Sequence[int],
+    noise_levels: Sequence[int],
+) -> None:
+    """How one image emerges: AR steps downwards, noise levels to the right.
+
+    Args:
+      path: of the PNG.
+      frames: uint8 `[AR steps, noise levels, H, W, C]`, see `emerging_images`.
+      ar_steps: the number of the AR step of each row, from 1.
+      noise_levels: the timestep of each column, falling.
+    """
+    num_rows, num_columns = frames.shape[:2]
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(1.05 * num_columns + 1.0, 1.05 * num_rows + 1.0),
+        squeeze=False,
+    )
+    for row in range(num_rows):
+        for column in range(num_columns):
+            _show(axes[row, column], frames[row, column])
+            if row == 0:
+                axes[row, column].set_title(f"t = {noise_levels[column]}", fontsize=8)
+        axes[row, 0].set_ylabel(f"AR step {ar_steps[row]}", fontsize=8)
+    figure.supxlabel("noise axis: each AR step is denoised from t = T to t = 0", fontsize=10)
+    figure.supylabel("AR axis: clean tokens of the AR steps before are context", fontsize=10)
+    _save(figure, path)
+
+
+def emerging_images(
+    token_order: np.ndarray, x_t: Sequence[np.ndarray], denoising_steps: Sequence[int]
+) -> np.ndarray:
+    """The tokens of one image along both axes, from a `sampling.Trajectory`.
+
+    Args:
+      token_order: `[L]`.
+      x_t: one array an AR step, `[denoising steps, tokens of the AR step, token_width]`.
+      denoising_steps: which denoising steps to take.
+
+    Returns:
+      `[AR steps, len(denoising_steps), L, token_width]` in grid order: clean tokens of the AR steps
+      before, the noised tokens of this one, NaN for those to come.
+    """
+    width = x_t[0].shape[-1]
+    sequence = np.full((len(token_order), width), np.nan, np.float32)
+    frames = np.empty((len(x_t), len(denoising_steps), len(token_order), width), np.float32)
+    begin = 0
+    for ar_step, tokens in enumerate(x_t):
+        end = begin + tokens.shape[1]
+        for column, denoising_step in enumerate(denoising_steps):
+            sequence[begin:end] = tokens[denoising_step]
+            frames[ar_step, column][token_order] = sequence
+        sequence[begin:end] = tokens[-1]
+        begin = end
+    return frames
+
+
+def paint_missing(images: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """RGB images in which pixels of tokens to come (NaN) are a muted blue.
+
+    Args:
+      images: float `[..., H, W, C]`, NaN where nothing is yet.
+      shown: uint8, the same images as they are shown; what it has at NaN does not matter.
+
+    Returns:
+      uint8 `[..., H, W, 3]`.
+    """
+    missing = np.isnan(images).any(-1, keepdims=True)
+    rgb = np.broadcast_to(shown, (*shown.shape[:-1], 3))
+    return np.where(missing, np.array([90, 120, 170], np.uint8), rgb)
+
+
+def _show(ax: plt.Axes, image: np.ndarray) -> None:
+    ax.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _natural(name: str) -> list[Any]:
+    """Sorts `ar_step_16` after `ar_step_2`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("_")]
+
+
+def _save(figure: plt.Figure, path: str | PathLike) -> None:
+    figure.savefig(path, dpi=130, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
