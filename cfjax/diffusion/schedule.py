@@ -145,9 +145,11 @@ def respaced_timesteps(num_timesteps: int, respacing: str) -> list[int]:
         "'250', 'ddim50' for a constant stride, or sections such as '10,15,20'."
     )
     if respacing.startswith("ddim"):
-        if not respacing[4:].isdigit():
+        if not respacing[4:].isdigit() or int(respacing[4:]) == 0:
             raise malformed
         count = int(respacing[4:])
+        if count > num_timesteps:
+            raise UserError(_too_many(respacing, count, num_timesteps))
         for stride in range(1, num_timesteps + 1):
             kept = range(0, num_timesteps, stride)
             if len(kept) == count:
@@ -167,10 +169,7 @@ def respaced_timesteps(num_timesteps: int, respacing: str) -> list[int]:
     for section, count in enumerate(counts):
         length = size + (1 if section < rest else 0)
         if count > length:
-            raise UserError(
-                f"respacing {respacing!r} asks for {count} of {length} timesteps; ask for at most "
-                f"{length}."
-            )
+            raise UserError(_too_many(respacing, count, length))
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         # A running sum rounded half to even, as the published code does, decides ties.
@@ -179,3 +178,10 @@ def respaced_timesteps(num_timesteps: int, respacing: str) -> list[int]:
             position += stride
         begin += length
     return kept
+
+
+def _too_many(respacing: str, count: int, available: int) -> str:
+    return (
+        f"respacing {respacing!r} asks for {count} of {available} timesteps; ask for at most "
+        f"{available}."
+    )
