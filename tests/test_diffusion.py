@@ -215,10 +215,7 @@ def test_ddim_step():
             Solver("ddim"), schedule, x_t, noise, index, None
         )
         # Given the true noise, the deterministic step stays on the straight line to x_0.
-        if index:
-            expected = process.add_noise(schedule, x_start, noise, index - 1)
-        else:
-            expected = x_start
+        expected = process.add_noise(schedule, x_start, noise, index - 1) if index else x_start
         np.testing.assert_allclose(sample, expected, rtol=0, atol=2e-4)
         # Rounding is divided by the scale of the signal, 0.006 at the noisiest timestep.
         np.testing.assert_allclose(predicted, x_start, rtol=0, atol=2e-4)
