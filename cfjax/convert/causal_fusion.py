@@ -69,7 +69,7 @@ def params_from_published(
       UserError: names are missing or extra, or shapes differ; all of them are listed.
     """
     flat = flax.traverse_util.flatten_dict(_unboxed(params_shape), sep="/")
-    expected = _published_shapes(flat, grid)
+    expected = published_shapes(params_shape, grid)
     _check_names_and_shapes(published, expected)
     if "token_positions" not in flat:
         _check_frozen_positions(published[POSITION_TABLE], grid)
@@ -85,7 +85,7 @@ def params_from_published(
 def params_to_published(params: Any, grid: tuple[int, int]) -> dict[str, np.ndarray]:
     """The published state dict of our parameters; the inverse of `params_from_published`."""
     flat = flax.traverse_util.flatten_dict(_unboxed(params), sep="/")
-    shapes = _published_shapes(flat, grid)
+    shapes = published_shapes(params, grid)
     published = {}
     for path, value in flat.items():
         names = _published_names(path, value.shape[0])
@@ -97,6 +97,19 @@ def params_to_published(params: Any, grid: tuple[int, int]) -> dict[str, np.ndar
         table = sincos_positions(width, grid).astype(np.float32)
         published[POSITION_TABLE] = table.reshape(shapes[POSITION_TABLE])
     return published
+
+
+def published_shapes(params_shape: Any, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published state dict of our parameters, or of their shapes."""
+    flat = flax.traverse_util.flatten_dict(_unboxed(params_shape), sep="/")
+    width = flat["condition_positions"].shape[-1]
+    shapes = {POSITION_TABLE: (1, grid[0] * grid[1], width)}
+    for path, value in flat.items():
+        in_layer = path.startswith("blocks/")
+        shape = value.shape[1:] if in_layer else value.shape
+        for name in _published_names(path, value.shape[0]):
+            shapes[name] = _published_shape(name, shape)
+    return shapes
 
 
 def _unboxed(params: Any) -> Any:
@@ -115,17 +128,6 @@ def _published_names(path: str, depth: int) -> list[str]:
         if ours == path:
             return [LAYER.format(layer) + name for layer in range(depth)]
     raise KeyError(f"parameter {path} has no published name")
-
-
-def _published_shapes(flat: Mapping[str, Any], grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    width = flat["condition_positions"].shape[-1]
-    shapes = {POSITION_TABLE: (1, grid[0] * grid[1], width)}
-    for path, value in flat.items():
-        in_layer = path.startswith("blocks/")
-        shape = value.shape[1:] if in_layer else value.shape
-        for name in _published_names(path, value.shape[0]):
-            shapes[name] = _published_shape(name, shape)
-    return shapes
 
 
 def _published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
