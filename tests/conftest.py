@@ -1,10 +1,47 @@
-"""Eight virtual CPU devices, strict ranks and a compilation cache for all tests."""
+"""Eight virtual CPU devices, strict ranks, a compilation cache, and oracles that may be required.
+
+With CFJAX_REQUIRE_ORACLES=1 (as `launch/test.sh --all` sets), a test marked `oracle` that skips
+fails, and so does a test file that skips as a whole.
+"""
 
 import os
+from pathlib import Path
 
+CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+
+# Before jax is imported, and in the environment, for the programs that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _fail_if_skipped(report):
+    if report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"CFJAX_REQUIRE_ORACLES is set, but this skipped: {report.longrepr}"
+
+
+def _oracles_are_required():
+    return os.environ.get("CFJAX_REQUIRE_ORACLES") == "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if _oracles_are_required() and item.get_closest_marker("oracle"):
+        _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    report = yield
+    if _oracles_are_required():
+        _fail_if_skipped(report)
+    return report
