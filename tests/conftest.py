@@ -7,12 +7,10 @@ fails, and so does a test file that skips as a whole.
 import os
 from pathlib import Path
 
-CACHE = Path(__file__).parent.parent / ".cache" / "jax"
-
 # Before jax is imported, and in the environment, for the programs that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax

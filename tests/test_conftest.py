@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = '''
+TESTS = """
 import pytest
 
 
@@ -35,7 +35,7 @@ def test_oracle_fails_as_expected():
 
 def test_other_skips():
     pytest.skip("not an oracle")
-'''
+"""
 SKIPPED_FILE = 'import pytest\n\npytest.importorskip("no_such_package")\n'
 
 
