@@ -9,7 +9,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cfjax import data, sharding, train_state
+from cfjax import sharding, train_state
+from cfjax.data.sources import Source, open_source
 from cfjax.diffusion.schedule import NoiseSchedule, make_noise_schedule, respace
 from cfjax.diffusion.solvers import Solver
 from cfjax.errors import UserError, check_choice
@@ -135,14 +136,15 @@ def init_state(
     return lambda key: train_state.create(init(key), optimizer)
 
 
-def source(config: ConfigDict, split: str) -> data.Source:
+def source(config: ConfigDict, split: str) -> Source:
     """The images of `config.data`: split "train" or "held_out"."""
-    return data.open_source(
+    return open_source(
         config.data.name,
         config.data.path,
         split,
         size=config.data.size,
         channels=config.data.channels,
+        num_classes=config.data.num_classes,
         on_corrupt=config.data.on_corrupt,
     )
 

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,10 @@ def _load_file(path_and_variant: str) -> ConfigDict:
         nearest = difflib.get_close_matches(path, there, n=1, cutoff=0.0)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "pass the path of one."
         raise UserError(f"there is no config file {path!r}; {hint}")
+    # Configs import each other as `configs.NAME`, from whatever folder the program is run.
+    above = str(Path(path).resolve().parent.parent)
+    if above not in sys.path:
+        sys.path.append(above)
     spec = importlib.util.spec_from_file_location("config", path)
     if spec is None:
         raise UserError(f"the config {path!r} is not a Python file; pass one of configs/.")

@@ -65,8 +65,8 @@ class SamplingSettings:
     token_order: str = "random"
     block_size: int = 4
     dilation_stride: int = 2
-    solver: Solver = Solver()
-    guidance: Guidance = Guidance()
+    solver: Solver = dataclasses.field(default_factory=Solver)
+    guidance: Guidance = dataclasses.field(default_factory=Guidance)
 
     def __post_init__(self):
         check_choice("token order", self.token_order, TOKEN_ORDERS)

@@ -1,0 +1,1 @@
+"""Images for training and evaluation: sources with random access, and the loader of batches."""

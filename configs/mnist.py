@@ -1,0 +1,51 @@
+"""The quick start: 4,000 embedded MNIST digits, 49 tokens of 4x4 pixels, on a laptop CPU.
+
+    python -m cfjax.train --config configs/mnist.py --workdir runs/mnist
+
+Hardware: 2 CPU cores. Expected: see the table in the README.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """The small pixel model of the quick start."""
+    config = default.get_config()
+
+    config.data.name = "mnist"
+    config.data.size = 28
+    config.data.channels = 1
+    config.data.num_classes = 10
+    config.data.horizontal_flip = False
+
+    config.model.width = 96
+    config.model.depth = 4
+    config.model.num_heads = 4
+    config.model.patch_size = 4
+    config.model.num_condition_tokens = 4
+    config.model.dtype = "float32"
+    config.model.remat_policy = "none"
+
+    # Of pixels, which have bounds, x_0 is learned in far fewer train steps than ε.
+    config.diffusion.prediction_type = "x_start"
+    config.loss.noise_level_weighting = "min_snr"
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.eps = 1e-8
+    config.optimizer.ema_decay = 0.995
+
+    config.train.global_batch_size = 64
+    config.train.num_train_steps = 3_000
+    config.train.log_every = 50
+    config.train.checkpoint_every = 500
+
+    config.sampling.denoising_steps = "25"
+    config.sampling.solver = "ddim"
+    config.sampling.clip_x_start = True
+    config.sampling.guidance_scale = 2.0
+
+    return config
