@@ -1,0 +1,163 @@
+"""The plan of the house as a table: who may import whom, and which library is used where."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+# Rooms from the ground floor up: the modules in each (a package stands for all in it), and the
+# rooms below that they may import. Within a room modules may import each other, not in a circle.
+GROUND = "ground floor"
+ROOMS = {
+    GROUND: (
+        ["errors", "rng", "sharding", "factorization", "diffusion", "checkpoint_folders"],
+        [],
+    ),
+    "models": (["models"], [GROUND]),
+    "objective": (["objective"], [GROUND, "models"]),
+    "optimizer": (["optimizer"], [GROUND]),
+    "sampling": (["sampling"], [GROUND, "models"]),
+    "convert": (["convert"], [GROUND, "models"]),
+    "storage": (["train_state", "checkpoints"], [GROUND]),
+    "metric log": (["metric_log"], [GROUND]),
+    "data": (["data"], [GROUND]),
+    "evaluation": (["evaluation"], [GROUND, "models", "data"]),
+    "pictures": (["visualization"], [GROUND]),
+    "config": (["config_loading", "program"], [GROUND]),
+    "build": (
+        ["build"],
+        [GROUND, "models", "objective", "optimizer", "sampling", "storage", "data"],
+    ),
+    "sampler": (
+        ["sampler"],
+        [GROUND, "models", "sampling", "storage", "data", "config", "build"],
+    ),
+    "programs": (
+        ["train", "train_progress", "sample", "evaluate", "draw"],
+        [
+            *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "metric log"),
+            *("data", "evaluation", "pictures", "config", "build", "sampler"),
+        ],
+    ),
+    "package": ([""], ["sampler"]),
+}
+
+PROGRAMS = ["train", "train_progress", "sample", "evaluate", "draw"]
+# Modules that may import a library; None for all.
+LIBRARIES = {
+    "numpy": None,
+    "jax": None,
+    "absl": None,
+    "tqdm": None,
+    "flax": ["sharding", "train_state", "models", "convert"],
+    "optax": ["optimizer", "train_state", "build", "evaluation", *PROGRAMS],
+    "etils": ["checkpoint_folders", "checkpoints"],
+    "orbax": ["checkpoints"],
+    "ml_collections": ["config_loading", "build", "sampler", *PROGRAMS],
+    "tensorboardX": ["metric_log"],
+    "grain": ["data"],
+    "PIL": ["data"],
+    "clu": PROGRAMS,
+    "matplotlib": ["visualization"],
+    "torch": ["convert"],
+}
+# Of libraries that may be used everywhere, these exceptions: plain data has no devices or flags.
+NOT_IN = {
+    "jax": ["errors", "checkpoint_folders", "diffusion.schedule"],
+    "absl": ["errors", "rng", "factorization", "diffusion", "models", "objective", "sampling"],
+}
+
+
+def module_name(path):
+    parts = path.relative_to(REPOSITORY / "cfjax").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+TREES = {
+    module_name(path): ast.parse(path.read_text())
+    for path in sorted((REPOSITORY / "cfjax").rglob("*.py"))
+}
+
+
+def imports(tree):
+    """Dotted names of all that a module imports, in functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports(tree):
+    """The modules of cfjax among them: `cfjax.a.b` may be module a.b, or name b of module a."""
+    found = set()
+    for name in imports(tree):
+        package, *parts = name.split(".")
+        if package == "cfjax":
+            longest = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
+            found.add(next(module for module in longest if module in TREES))
+    return found
+
+
+def is_within(module, entries):
+    return any(module == entry or (entry and module.startswith(f"{entry}.")) for entry in entries)
+
+
+def room_of(module):
+    rooms = [room for room, (entries, _) in ROOMS.items() if is_within(module, entries)]
+    assert len(rooms) == 1, f"cfjax.{module} is in {rooms or 'no room'} of the table"
+    return rooms[0]
+
+
+def test_table_is_a_house():
+    """Rooms use only rooms below them, and every entry stands for a module that exists."""
+    above = set(ROOMS)
+    for room, (entries, uses) in reversed(ROOMS.items()):
+        above.remove(room)
+        assert set(uses) <= above, f"{room} uses a room that is not below it"
+        for entry in entries:
+            assert entry in TREES, f"cfjax.{entry} is gone"
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_imports_point_downwards(module):
+    room = room_of(module)
+    for imported in own_imports(TREES[module]):
+        there = room_of(imported)
+        assert there == room or there in ROOMS[room][1], (
+            f"cfjax.{module} ({room}) imports cfjax.{imported} ({there})"
+        )
+
+
+def test_no_circles():
+    below = {module: own_imports(tree) - {module} for module, tree in TREES.items()}
+    while below:
+        free = {module for module, needs in below.items() if not needs & below.keys()}
+        assert free, f"a circle of imports among {sorted(below)}"
+        below = {module: needs for module, needs in below.items() if module not in free}
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_libraries_stay_in_their_rooms(module):
+    libraries = {name.split(".")[0] for name in imports(TREES[module])}
+    for library in libraries - {"cfjax"} - sys.stdlib_module_names:
+        assert library in LIBRARIES, f"cfjax.{module} imports {library}, which is not in the table"
+        allowed = LIBRARIES[library]
+        assert allowed is None or is_within(module, allowed), f"cfjax.{module} imports {library}"
+        assert not is_within(module, NOT_IN.get(library, [])), f"cfjax.{module} imports {library}"
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_no_left_overs(module):
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "breakpoint"), f"line {node.lineno}"
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in ("jax.debug", "pdb.set_trace"), f"line {node.lineno}"
+    assert not {"jax.debug", "pdb"} & imports(TREES[module])
