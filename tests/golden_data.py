@@ -77,6 +77,12 @@ def param_shapes(module):
     return nn.meta.unbox(jax.eval_shape(init, *example_inputs(module))["params"])
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def apply(module, method, params, *args):
+    """A method of the model, compiled."""
+    return module.apply({"params": params}, *args, method=method)
+
+
 @functools.cache
 def params(letter):
     """The published weights of golden model "A" or "B" as our parameters."""

@@ -1,5 +1,7 @@
 """The transformer with published weights: training prediction, inner activations, KV-cached inference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from golden_data import (
     MODELS,
     SPLITS,
+    apply,
     assert_close_to_max,
     ids_of,
     in_order,
@@ -120,7 +123,7 @@ def assert_cache(kv_cache, golden, prefix):
 @pytest.mark.parametrize("spare", [0, 5])
 def test_cached_inference(letter, scale, spare):
     golden, module = load(f"model{letter}_infer"), model(letter)
-    weights, prefix = {"params": params(letter)}, f"cfg{scale}"
+    weights, prefix = params(letter), f"cfg{scale}"
     first = int(golden["k1"])
     copies = 1 if scale == 1 else 2
     order = np.concatenate([golden["order"]] * copies)
@@ -131,24 +134,22 @@ def test_cached_inference(letter, scale, spare):
     raster = np.broadcast_to(np.arange(module.num_tokens), order.shape)
     x_start, x_t = (np.concatenate([golden[name]] * copies) for name in ("x0_tokens", "xn_tokens"))
 
-    def apply(method, *args):
-        return module.apply(weights, *args, method=method)
-
-    @jax.jit
-    def denoise(kv_cache, tokens, t, indices):
-        return apply(CausalFusion.denoise, kv_cache, tokens, t, indices)
+    run = functools.partial(apply, module)
 
     def assert_predictions(kv_cache, tokens, indices, names):
         for name in names:
             t = np.full(len(labels), int(name.split("/t")[1]))
-            prediction = guided(denoise(kv_cache, tokens, t, indices), scale)
+            prediction = run(CausalFusion.denoise, weights, kv_cache, tokens, t, indices)
+            prediction = guided(prediction, scale)
             assert_close_to_max(prediction, golden[f"{prefix}/{name}"], RTOL)
 
-    condition = apply(CausalFusion.condition_tokens, labels)
+    condition = run(CausalFusion.condition_tokens, weights, labels)
     np.testing.assert_array_equal(condition, golden[f"{prefix}/cond_tokens"])
     capacity = module.condition_length + first + spare
-    kv_cache = apply(CausalFusion.empty_cache, len(labels), capacity)
-    kv_cache = apply(CausalFusion.extend, kv_cache, condition)
+    kv_cache = module.apply(
+        {"params": weights}, len(labels), capacity, method=CausalFusion.empty_cache
+    )
+    kv_cache = run(CausalFusion.extend, weights, kv_cache, condition)
     assert_cache(kv_cache, golden, f"{prefix}/cache_cond/")
 
     times = [f"t{t}" for t in golden["ts"]]
@@ -156,10 +157,10 @@ def test_cached_inference(letter, scale, spare):
     indices = order[:, :first]
     assert_predictions(kv_cache, in_order(x_t, indices), indices, [f"ar1/{t}" for t in times])
 
-    clean = apply(CausalFusion.clean_image_tokens, in_order(x_start, indices), indices)
+    clean = run(CausalFusion.clean_image_tokens, weights, in_order(x_start, indices), indices)
     expected = np.concatenate([golden[f"{prefix}/clean_tokens"]] * copies)
     assert_close_to_max(clean, expected, RTOL)
-    kv_cache = apply(CausalFusion.extend, kv_cache, clean)
+    kv_cache = run(CausalFusion.extend, weights, kv_cache, clean)
     assert_cache(kv_cache, golden, f"{prefix}/cache_ar/")
     indices = order[:, first:]
     assert_predictions(kv_cache, in_order(x_t, indices), indices, [f"ar2/{t}" for t in times])
