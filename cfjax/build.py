@@ -98,6 +98,17 @@ def optimizer_settings(config: ConfigDict) -> OptimizerSettings:
     )
 
 
+def check_counts(config: ConfigDict) -> None:
+    """Refuses counts below 1 in `config.train`, before anything is computed.
+
+    Raises:
+      UserError: the first of them.
+    """
+    for name in ("num_train_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if config.train[name] < 1:
+            raise UserError(f"train.{name} is {config.train[name]}, but must be at least 1.")
+
+
 def mesh(config: ConfigDict) -> Mesh:
     """The mesh over all devices, after checking that it divides batch and model."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

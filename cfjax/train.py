@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from absl import flags, logging
 from clu import parameter_overview
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cfjax import build, checkpoints, objective, program, sharding, train_state
@@ -62,7 +61,7 @@ def train_step(
     (loss, squared_error), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = train_state.apply_gradients(state, grads, optimizer, ema_decay)
     totals = objective.loss_breakdown(objective_, drawn, squared_error)
-    totals |= {"loss": (loss, 1.0), "gradient_norm": (optax.global_norm(grads), 1.0)}
+    totals |= {"loss": (loss, 1.0), "gradient_norm": (optax.tree.norm(grads), 1.0)}
     return state, totals
 
 
@@ -79,11 +78,13 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: bad input, or a loss that is no longer finite.
     """
+    build.check_counts(config)
     mesh = build.mesh(config)
     settings = build.optimizer_settings(config)
     optimizer = make_optimizer(settings)
     model = build.model(config)
     objective_ = build.objective(config)
+    num_sequence_tokens = build.sequence_length(config)
     build.sampling_settings(config)  # refused now rather than after training
     init = build.init_state(model, optimizer)
     init_key = stream_key(config.seed, "init")
@@ -98,7 +99,18 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         state, examples_seen = checkpoints.restore_state(workdir, abstract_state, latest)
         for change in changed_keys(checkpoints.read_config(workdir, latest), config):
             logging.warning("The config differs from the checkpoint's: %s.", change)
-    _describe(config, mesh, abstract_state, len(source), latest)
+    logging.info(
+        "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    )
+    logging.info(
+        "%d training images; a batch of %d, %d tokens a sequence; mesh %s of %s; %s.",
+        len(source),
+        config.train.global_batch_size,
+        num_sequence_tokens,
+        ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        mesh.devices.flat[0].device_kind,
+        "from scratch" if latest is None else f"resuming after train step {latest}",
+    )
 
     batch_size, num_train_steps = config.train.global_batch_size, config.train.num_train_steps
     one_train_step = jax.jit(
@@ -150,23 +162,6 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 log.image(number, "samples", _sample_grid(config, model, state.ema_params))
     logging.info("Train step %d of %d is saved in %s.", state.train_step, num_train_steps, workdir)
     return state
-
-
-def _describe(
-    config: ConfigDict, mesh: Mesh, state: TrainState, num_examples: int, latest: int | None
-) -> None:
-    logging.info(
-        "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    )
-    logging.info(
-        "%d training images, %d to a batch; %d tokens a sequence; mesh %s of %s; %s.",
-        num_examples,
-        config.train.global_batch_size,
-        build.sequence_length(config),
-        ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-        mesh.devices.flat[0].device_kind,
-        "from scratch" if latest is None else f"resuming after train step {latest}",
-    )
 
 
 def _sample_grid(config: ConfigDict, model: CausalFusion, params: Any) -> np.ndarray:

@@ -1,0 +1,45 @@
+"""A tiny run on the embedded digits, for tests of whole programs: 16 tokens of 7x7 pixels."""
+
+import functools
+from pathlib import Path
+
+from cfjax.config_loading import load_config
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIGS = REPOSITORY / "configs"
+NUM_TRAIN_STEPS = 6
+OVERRIDES = {
+    "model.width": 16,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "model.patch_size": 7,
+    "model.num_condition_tokens": 2,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 2,
+    "train.global_batch_size": 16,
+    "train.num_train_steps": NUM_TRAIN_STEPS,
+    "train.log_every": 2,
+    "train.checkpoint_every": 3,
+    "sampling.denoising_steps": "4",
+}
+
+
+def config(**overrides):
+    """The tiny config; overrides by dotted key with "__" for the dot."""
+    dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+    return load_config(str(CONFIGS / "mnist.py"), OVERRIDES | dotted)
+
+
+def flags(**overrides):
+    """The same as command-line flags."""
+    dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+    values = OVERRIDES | dotted
+    return [f"--config={CONFIGS / 'mnist.py'}"] + [f"--config.{k}={v}" for k, v in values.items()]
+
+
+@functools.cache
+def trained(workdir):
+    """Trains the tiny config once for each workdir; the final state."""
+    from cfjax.train import train
+
+    return train(config(), workdir)
