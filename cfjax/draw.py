@@ -60,7 +60,7 @@ def factorization_plane(
     flat = frames.reshape(-1, *frames.shape[2:])
     images = unpatchify(flat, sampler.config.model.patch_size, sampler.model.grid)
     rgb = paint_missing(images, to_uint8(np.nan_to_num(images)))
-    # After denoising step d the sample is at the timestep that comes next; 0 at the end.
+    # After denoising step d the sample is at the timestep that comes next; clean at the end.
     timesteps = np.append(schedule.timestep_map[::-1], 0)[denoising_steps + 1]
     return rgb.reshape(*frames.shape[:2], *rgb.shape[1:]), timesteps.tolist()
 
@@ -100,10 +100,15 @@ def main(_: Sequence[str]) -> None:
     logging.info("%s are in %s.", ", ".join(drawn), out)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the program's flags."""
     define_sampling_flags()
     flags.DEFINE_string("out", None, "Folder of the pictures.", required=True)
     flags.DEFINE_list("ar_steps", [], "Columns of samples.png; by default 1 to L.")
     flags.DEFINE_integer("class", 3, "Class of the image of factorization_plane.png.")
     flags.DEFINE_integer("plane_ar_steps", 7, "Its AR steps.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    define_flags()
     program.run(main)

@@ -121,7 +121,8 @@ def main(_: Sequence[str]) -> None:
     logging.info("%d samples are in %s.", len(images), out)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """Defines the program's flags."""
     define_sampling_flags()
     flags.DEFINE_string("out", None, "A .png, a .npz or a folder.", required=True)
     flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1)
@@ -129,4 +130,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_ar_steps", None, "S, equal AR steps.")
     flags.DEFINE_list("split_sizes", [], "Tokens of each AR step, instead of num_ar_steps.")
     program.define_distributed_flags()
+
+
+if __name__ == "__main__":
+    define_flags()
     program.run(main)

@@ -52,6 +52,7 @@ def save_samples_by_ar_steps(
         num_columns,
         figsize=(1.0 * num_columns + 0.6, 1.0 * num_rows + 0.5),
         squeeze=False,
+        layout="constrained",
     )
     for row in range(num_rows):
         for column in range(num_columns):
@@ -78,7 +79,7 @@ def save_training_curves(path: str | PathLike, metrics: Sequence[dict[str, Any]]
         ("squared error by noise-level quartile", by_noise, True),
         ("learning rate", ["learning_rate"], False),
     ]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for ax, (title, curves, is_logarithmic) in zip(axes.flat, panels, strict=True):
         colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, max(len(curves), 1)))
         for name, color in zip(curves, colors, strict=False):
@@ -115,12 +116,14 @@ def save_factorization_plane(
         num_columns,
         figsize=(1.05 * num_columns + 1.0, 1.05 * num_rows + 1.0),
         squeeze=False,
+        layout="constrained",
     )
     for row in range(num_rows):
         for column in range(num_columns):
             _show(axes[row, column], frames[row, column])
             if row == 0:
-                axes[row, column].set_title(f"t = {noise_levels[column]}", fontsize=8)
+                name = "clean" if column == num_columns - 1 else f"t = {noise_levels[column]}"
+                axes[row, column].set_title(name, fontsize=8)
         axes[row, 0].set_ylabel(f"AR step {ar_steps[row]}", fontsize=8)
     figure.supxlabel("noise axis: each AR step is denoised from t = T to t = 0", fontsize=10)
     figure.supylabel("AR axis: clean tokens of the AR steps before are context", fontsize=10)
