@@ -1,0 +1,130 @@
+"""Every config builds and takes a train step when shrunk; every field is read somewhere."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from cfjax import build
+from cfjax.config_loading import load_config
+from cfjax.errors import UserError
+from cfjax.models.causal_fusion import SIZES
+from cfjax.optimizer import make_optimizer
+from cfjax.sharding import born_sharded, make_mesh
+from cfjax.train import train, train_step
+
+VARIANTS = [
+    "mnist.py",
+    "image_folder.py",
+    "imagenet256.py",
+    "imagenet256.py:l",
+    "imagenet256.py:xl",
+    "imagenet256.py:h",
+    "imagenet256.py:h48",
+    "imagenet256.py:ablation",
+    "imagenet256.py:in_context_dit",
+    "imagenet512.py",
+]
+
+
+def load(name):
+    return load_config(str(tiny.CONFIGS / name))
+
+
+def test_all_configs_are_tested():
+    files = {path.name for path in tiny.CONFIGS.glob("*.py")} - {"default.py"}
+    assert files == {name.split(":")[0] for name in VARIANTS}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_config_takes_a_train_step_when_shrunk(name):
+    config = load(name)
+    build.sampling_settings(config)
+    config.model.update({"width": 16, "depth": 1, "num_heads": 2, "num_condition_tokens": 2})
+    config.data.update({"size": 2 * config.model.patch_size, "num_classes": 3})
+    config.optimizer.warmup_steps = 0
+    model, objective = build.model(config), build.objective(config)
+    optimizer = make_optimizer(build.optimizer_settings(config))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = born_sharded(build.init_state(model, optimizer), mesh, jax.random.key(0))
+    shape = (2, config.data.size, config.data.size, config.data.channels)
+    batch = {"image": jnp.linspace(-1, 1, np.prod(shape)).reshape(shape), "label": jnp.arange(2)}
+    after, totals = jax.jit(
+        functools.partial(
+            train_step,
+            model=model,
+            objective_=objective,
+            optimizer=optimizer,
+            patch_size=config.model.patch_size,
+            ema_decay=config.optimizer.ema_decay,
+            seed=config.seed,
+        )
+    )(state, batch)
+    assert np.isfinite(totals["loss"][0])
+    before, moved = (s.params["final_projection"]["bias"] for s in (state, after))
+    assert np.abs(moved - before).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "num_tokens", "condition", "num_train_steps"),
+    [
+        ("imagenet256.py", "xl", 256, 64, 500_000),
+        ("imagenet256.py:l", "l", 256, 64, 500_000),
+        ("imagenet256.py:h", "h", 256, 64, 500_000),
+        ("imagenet256.py:h48", "h48", 256, 64, 500_000),
+        ("imagenet256.py:ablation", "l", 256, 4, 150_137),
+        ("imagenet512.py", "xl", 256, 64, 500_000),
+    ],
+)
+def test_paper_configs(name, size, num_tokens, condition, num_train_steps):
+    """Paper tables 9 and 10."""
+    config = load(name)
+    model = build.model(config)
+    assert {field: getattr(model, field) for field in SIZES[size]} == SIZES[size]
+    assert model.num_tokens == num_tokens
+    assert model.condition_length == condition
+    assert config.train.num_train_steps == num_train_steps
+
+
+def test_unknown_variant_is_refused():
+    with pytest.raises(UserError, match="unknown variant 'xxl'; did you mean 'xl'"):
+        load("imagenet256.py:xxl")
+
+
+class Recorder:
+    """Stands for a ConfigDict and remembers the dotted keys that are read."""
+
+    def __init__(self, config, read, prefix=""):
+        self._config, self._read, self._prefix = config, read, prefix
+
+    def __getattr__(self, name):
+        return self[name] if name in self._config else getattr(self._config, name)
+
+    def __getitem__(self, name):
+        value = self._config[name]
+        if isinstance(value, ConfigDict):
+            return Recorder(value, self._read, f"{self._prefix}{name}.")
+        self._read.add(self._prefix + name)
+        return value
+
+    def keys(self):
+        return self._config.keys()
+
+
+def dotted_keys(config, prefix=""):
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from dotted_keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_every_field_is_read(tmp_path):
+    config = tiny.config(train__num_train_steps=2, train__sample_every=2, sampling__num_ar_steps=2)
+    read = set()
+    train(Recorder(config, read), tmp_path)
+    assert read == set(dotted_keys(config))
