@@ -20,15 +20,16 @@ _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 _ILLEGAL_VALUE = re.compile(r"flag --config\.([^=]+)=(.*?): ")
 
 
-def define_config_flag() -> flags.FlagHolder:
-    """Defines the required flag `--config FILE[:VARIANT]` with overrides `--config.KEY=VALUE`.
+def define_config_flag(required: bool = True) -> flags.FlagHolder:
+    """Defines the flag `--config FILE[:VARIANT]` with overrides `--config.KEY=VALUE`.
 
     The holder's `value` is the locked `ConfigDict`. `program.run` parses it by `parse_flags`.
     """
     holder = config_flags.DEFINE_config_file(
         "config", None, "Config file and variant, such as configs/imagenet256.py:xl."
     )
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
     return holder
 
 

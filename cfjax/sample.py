@@ -22,9 +22,14 @@ from cfjax.sampler import Sampler, load
 from cfjax.visualization import image_grid
 
 
-def define_sampling_flags() -> None:
+def define_sampling_flags(checkpoint_is_required: bool = True) -> None:
     """Defines the flags that `sampling_overrides` reads, and those of which checkpoint and keys."""
-    flags.DEFINE_string("checkpoint", None, "A run's workdir, or one checkpoint.", required=True)
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "A run's workdir, or one checkpoint.",
+        required=checkpoint_is_required,
+    )
     flags.DEFINE_integer("train_step", None, "Which checkpoint; the latest by default.")
     flags.DEFINE_integer("seed", 0, "Of the noise and the token orders.")
     flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1)

@@ -1,0 +1,152 @@
+"""Scores a model or samples: `python -m cfjax.evaluate --checkpoint runs/mnist --out scores`.
+
+With `--checkpoint` images are generated, `--num_samples` for each number of AR steps; with
+`--samples FILE_OR_FOLDER --config CONFIG` they are read. The features are those of a small
+classifier trained on the real training images and kept in `<out>/classifier`; the report, as JSON
+with its protocol, is `<out>/scores.json`.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+import cfjax
+from cfjax import build, program
+from cfjax.checkpoints import latest_train_step
+from cfjax.config_loading import define_config_flag
+from cfjax.data.image_files import read_images
+from cfjax.data.sources import all_images
+from cfjax.errors import UserError
+from cfjax.evaluation.classifier import load_or_train
+from cfjax.evaluation.report import Report, floor_distance, score
+from cfjax.evaluation.statistics import FeatureStatistics
+from cfjax.sample import (
+    define_sampling_flags,
+    generate_with_progress,
+    integers,
+    labels_of,
+    sampling_overrides,
+)
+from cfjax.sampler import load
+
+# Name of a row, images uint8 [N, H, W, C], labels [N] or None.
+Samples = tuple[str, np.ndarray, np.ndarray | None]
+
+
+def evaluate(
+    config: ConfigDict, samples: Iterator[Samples], out: Path, protocol: dict[str, Any]
+) -> Report:
+    """Scores samples against the real training images of a config and saves the report.
+
+    Args:
+      config: names the data.
+      samples: one row of the report each.
+      out: folder of the report and the classifier.
+      protocol: what is known of the samples, to stand beside the scores.
+
+    Raises:
+      UserError: the samples are not of the size of the data, or too few.
+    """
+    train, held_out = (build.source(config, split) for split in ("train", "held_out"))
+    classifier = load_or_train(out / "classifier", train, held_out)
+    real, _ = classifier.features(all_images(train)[0])
+    reference = FeatureStatistics.of(real)
+    scores = []
+    for name, images, labels in samples:
+        if images.shape[1:] != train.image_shape:
+            raise UserError(
+                f"the samples are {images.shape[1:]}, but the images of {config.data.name} are"
+                f" {train.image_shape}; pass samples of that size."
+            )
+        features, classes = classifier.features(images)
+        scores.append(score(name, features, classes, labels, reference))
+    report = Report(
+        extractor=f"{config.data.name}-classifier",
+        scores=scores,
+        floor=floor_distance(real),
+        held_out_accuracy=classifier.held_out_accuracy,
+        protocol={
+            "reference": f"{len(train)} training images of {config.data.name}",
+            "real images": f"one half of the reference against the other, {len(train) // 2} each;"
+            f" accuracy on {len(held_out)} held-out images",
+            "feature extractor": f"classifier of sha256 {classifier.checksum}",
+            "rounding": "uint8, truncated",
+            **protocol,
+            "versions": f"cfjax {cfjax.__version__}, jax {jax.__version__}",
+        },
+    )
+    report.save(out / "scores.json")
+    return report
+
+
+def _of_checkpoint(values: dict[str, Any], out: Path) -> Report:
+    sampler = load(values["checkpoint"], values["train_step"])
+    overrides = sampling_overrides()
+    ar_steps = integers("ar_steps", values["ar_steps"])
+    settings = {s: sampler.settings(overrides | {"num_ar_steps": s}) for s in ar_steps}
+    labels = labels_of((), values["num_samples"], sampler.model.num_classes)
+    program.check_workdir_writable(out)
+    seed, batch_size = values["seed"], values["batch_size"]
+
+    def samples() -> Iterator[Samples]:
+        for num_ar_steps, stream_args in settings.items():
+            images = generate_with_progress(sampler, labels, seed, batch_size, stream_args)
+            yield f"S = {num_ar_steps}", images, labels
+
+    train_step = values["train_step"]
+    if train_step is None:
+        train_step = latest_train_step(values["checkpoint"])
+    chosen, schedule = settings[ar_steps[0]]
+    protocol = {
+        "checkpoint": f"{values['checkpoint']}, train step {train_step}, EMA",
+        "sampler": f"{schedule.num_timesteps} denoising steps of {chosen.solver.name} for each AR"
+        f" step, token order {chosen.token_order}, guidance {chosen.guidance.scale:g}",
+        "seed": seed,
+    }
+    return evaluate(sampler.config, samples(), out, protocol)
+
+
+def _of_samples(values: dict[str, Any], out: Path) -> Report:
+    if values["config"] is None:
+        raise UserError(
+            "--samples needs --config too, which names the real images to compare with."
+        )
+    config = values["config"]
+    images, labels = read_images(values["samples"])
+    if len(images) < 2:
+        raise UserError(f"{values['samples']} holds 1 image; a covariance needs at least 2.")
+    program.check_workdir_writable(out)
+    row = (Path(values["samples"]).name, images, labels)
+    return evaluate(config, iter([row]), out, {"samples": values["samples"]})
+
+
+def main(_: Sequence[str]) -> None:
+    """Runs the program."""
+    values = flags.FLAGS.flag_values_dict()
+    if (values["checkpoint"] is None) == (values["samples"] is None):
+        raise UserError("pass either --checkpoint or --samples.")
+    out = Path(values["out"])
+    report = (_of_checkpoint if values["samples"] is None else _of_samples)(values, out)
+    sys.stdout.write(report.table() + "\n")
+    logging.info("The report is in %s.", out / "scores.json")
+
+
+def define_flags() -> None:
+    """Defines the program's flags."""
+    define_sampling_flags(checkpoint_is_required=False)
+    flags.DEFINE_string("samples", None, "Instead of a checkpoint: a .npz or a folder of images.")
+    define_config_flag(required=False)
+    flags.DEFINE_string("out", None, "Folder of the report and the classifier.", required=True)
+    flags.DEFINE_integer("num_samples", 1000, "For each number of AR steps.", lower_bound=2)
+    flags.DEFINE_list("ar_steps", ["1"], "Numbers of AR steps: a row of the report each.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    program.run(main)

@@ -1,0 +1,1 @@
+"""Scores of generated images: features, statistics, Fréchet distance, class agreement, reports."""
