@@ -35,14 +35,14 @@ ROOMS = {
         ["sampler"],
         [GROUND, "models", "sampling", "storage", "data", "config", "build"],
     ),
+    "package": ([""], ["sampler"]),
     "programs": (
         ["train", "train_progress", "sample", "evaluate", "draw"],
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "metric log"),
-            *("data", "evaluation", "pictures", "config", "build", "sampler"),
+            *("data", "evaluation", "pictures", "config", "build", "sampler", "package"),
         ],
     ),
-    "package": ([""], ["sampler"]),
 }
 
 PROGRAMS = ["train", "train_progress", "sample", "evaluate", "draw"]
@@ -52,7 +52,7 @@ LIBRARIES = {
     "jax": None,
     "absl": None,
     "tqdm": None,
-    "flax": ["sharding", "train_state", "models", "convert"],
+    "flax": ["sharding", "train_state", "models", "convert", "evaluation"],
     "optax": ["optimizer", "train_state", "build", "evaluation", *PROGRAMS],
     "etils": ["checkpoint_folders", "checkpoints"],
     "orbax": ["checkpoints"],

@@ -1,6 +1,8 @@
 """Images in files: PNG and NPZ written whole or not at all, and read back."""
 
+import io
 import os
+import zipfile
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -53,9 +55,9 @@ def read_images(path: str | PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     if not path.is_file():
         raise UserError(f"there are no samples at {path}; pass a .npz or a folder of images.")
     try:
-        with np.load(path) as arrays:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
             content = {name: arrays[name] for name in ("arr_0", "labels") if name in arrays}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} can't be read as .npz ({error}); write it again.") from error
     images, labels = content.get("arr_0"), content.get("labels")
     if images is None or images.dtype != np.uint8 or images.ndim != 4 or not len(images):

@@ -186,7 +186,7 @@ def _load(folder: Path, key: dict[str, Any]) -> TrainedClassifier | None:
         return None
     try:
         card = json.loads((folder / _CARD).read_text())
-        with np.load(folder / _PARAMS) as arrays:
+        with np.load(io.BytesIO((folder / _PARAMS).read_bytes())) as arrays:
             params = {name: arrays[name] for name in arrays}
         if {name: card[name] for name in key} != key:
             logging.info("The classifier in %s is of other images or settings.", folder)

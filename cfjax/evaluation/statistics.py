@@ -1,7 +1,9 @@
 """Mean and covariance of features, streamed and merged in float64."""
 
 import dataclasses
+import io
 import os
+import zipfile
 from os import PathLike
 from pathlib import Path
 from typing import Self
@@ -80,9 +82,9 @@ class FeatureStatistics:
           UserError: it is missing or is not such a file.
         """
         try:
-            with np.load(path) as arrays:
+            with np.load(io.BytesIO(Path(path).read_bytes())) as arrays:
                 return cls(int(arrays["count"]), arrays["mean"], arrays["scatter"])
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{path} is no file of feature statistics ({error}); make it again."
             ) from error
