@@ -1,0 +1,92 @@
+"""Ranges, the centre-crop, and image files."""
+
+import numpy as np
+import pytest
+from golden_data import load
+from PIL import Image
+
+from cfjax.data import image_files
+from cfjax.data.images import center_crop, to_model_range, to_uint8
+from cfjax.errors import UserError
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_the_centre_crop_is_the_published_one(i):
+    golden = load("helpers")
+    image = Image.fromarray(golden[f"crop/{i}/image_hwc"])
+    cropped = center_crop(image, int(golden[f"crop/{i}/size"]))
+    np.testing.assert_array_equal(cropped, golden[f"crop/{i}/out_hwc"])
+
+
+def test_to_uint8_is_the_published_one():
+    golden = load("helpers")
+    ours = to_uint8(golden["denorm/x_nchw"].transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(ours, golden["denorm/uint8_nhwc"])
+
+
+def test_every_grey_level_returns():
+    levels = np.arange(256, dtype=np.uint8)
+    in_range = to_model_range(levels)
+    assert in_range.dtype == np.float32
+    assert (in_range[0], in_range[-1]) == (-1.0, 1.0)
+    # Truncation of 127.5 x + 128 adds half a level, so that rounding can't lose one.
+    np.testing.assert_array_equal(to_uint8(in_range), levels)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_return_what_was_written(channels, tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 5, 7, channels), dtype=np.uint8)
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    for i, image in enumerate(images):
+        image_files.write_png(folder / f"{i}.png", image)
+    again, labels = image_files.read_images(folder)
+    np.testing.assert_array_equal(again, images)
+    assert labels is None
+    image_files.write_npz(tmp_path / "samples.npz", images, np.arange(3, dtype=np.int32))
+    again, labels = image_files.read_images(tmp_path / "samples.npz")
+    np.testing.assert_array_equal(again, images)
+    np.testing.assert_array_equal(labels, np.arange(3))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "samples.npz"
+    image_files.write_npz(path, np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32))
+    before = path.read_bytes()
+
+    def fail(file, **_):
+        file.write(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="no space"):
+        image_files.write_npz(path, np.ones((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32))
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+
+
+def test_what_is_no_images_is_refused(tmp_path):
+    empty, mixed, broken = (tmp_path / name for name in ("empty", "mixed", "broken"))
+    for folder in (empty, mixed, broken):
+        folder.mkdir()
+    for i, size in enumerate((4, 5)):
+        image_files.write_png(mixed / f"{i}.png", np.zeros((size, 4, 1), np.uint8))
+    (broken / "a.png").write_bytes(b"no picture")
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 1)))
+    np.savez(tmp_path / "other.npz", images=np.zeros((2, 4, 4, 1), np.uint8))
+    np.savez(tmp_path / "odd.npz", arr_0=np.zeros((2, 4, 4, 1), np.uint8), labels=np.zeros(3))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "odd.npz").read_bytes()[:100])
+    for name, words in {
+        "nowhere": "there are no samples at .*nowhere",
+        "empty": "empty has no images",
+        "mixed": r"1.png is \(5, 4, 1\), but 0.png is \(4, 4, 1\)",
+        "broken": "a.png can't be decoded",
+        "floats.npz": "must hold uint8 images",
+        "other.npz": "must hold uint8 images",
+        "odd.npz": r"2 images but labels of shape \(3,\)",
+        "cut.npz": "cut.npz can't be read as .npz",
+    }.items():
+        with pytest.raises(UserError, match=words) as error:
+            image_files.read_images(tmp_path / name)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,117 @@
+"""The loader: an endless stream that depends on seed and position alone."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+
+from cfjax.data.loader import TrainLoader
+
+SIZE, BATCH = 30, 8
+
+
+class CountingSource:
+    """Example i is a 2x3 image with i in its left column and class i."""
+
+    labels = np.arange(SIZE, dtype=np.int32)
+    class_names = tuple(str(i) for i in range(SIZE))
+    image_shape = (2, 3, 1)
+
+    def __len__(self):
+        return SIZE
+
+    def __getitem__(self, index):
+        image = np.zeros(self.image_shape, np.uint8)
+        image[:, 0] = index + 1
+        return {"image": image, "label": np.int32(index)}
+
+
+def batches(count, examples_seen=0, rows=None, batch_size=BATCH, **options):
+    rows = np.arange(batch_size) if rows is None else rows
+    loader = TrainLoader(
+        CountingSource(),
+        seed=options.pop("seed", 0),
+        rows=rows,
+        global_batch_size=batch_size,
+        examples_seen=examples_seen,
+        **options,
+    )
+    with loader:
+        return list(itertools.islice(loader, count))
+
+
+def labels(taken):
+    return np.concatenate([batch["label"] for batch in taken])
+
+
+def test_batches_are_what_training_takes():
+    (batch,) = batches(1)
+    assert batch["image"].dtype == np.float32
+    assert batch["image"].shape == (BATCH, 2, 3, 1)
+    assert batch["label"].dtype == np.int32
+    expected = (batch["label"] + 1) / np.float32(127.5) - 1
+    np.testing.assert_allclose(batch["image"][:, 0, 0, 0], expected, rtol=1e-6)
+    assert (batch["image"][:, :, 1:] == -1).all()
+
+
+def test_each_epoch_has_each_example_once_in_a_new_order():
+    stream = labels(batches(15))[: 4 * SIZE]  # 30 is no multiple of the batch
+    epochs = stream.reshape(4, SIZE)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(SIZE))
+    assert len({epoch.tobytes() for epoch in epochs}) == 4
+
+
+def test_seeds_differ():
+    assert (labels(batches(3)) != labels(batches(3, seed=1))).any()
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_resumes_at_a_position_to_the_bit(first):
+    whole = batches(8, horizontal_flip=True)
+    tail = batches(8 - first, examples_seen=first * BATCH, horizontal_flip=True)
+    for batch, expected in zip(tail, whole[first:], strict=True):
+        np.testing.assert_array_equal(batch["image"], expected["image"])
+        np.testing.assert_array_equal(batch["label"], expected["label"])
+
+
+def test_another_batch_size_goes_on_with_the_same_stream():
+    stream = labels(batches(10))
+    tail = labels(batches(2, examples_seen=3 * BATCH, batch_size=12))
+    np.testing.assert_array_equal(tail, stream[24:48])
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_processes_share_a_batch(num_processes):
+    whole = batches(6, horizontal_flip=True)
+    parts = [
+        batches(6, rows=rows, horizontal_flip=True)
+        for rows in np.arange(BATCH).reshape(-1, num_processes).T  # interleaved
+    ]
+    for number, expected in enumerate(whole):
+        together = np.stack([part[number]["image"] for part in parts], axis=1)
+        np.testing.assert_array_equal(together.reshape(expected["image"].shape), expected["image"])
+
+
+def test_flips_are_half_and_follow_the_position():
+    taken = batches(60, horizontal_flip=True)
+    images = np.concatenate([batch["image"] for batch in taken])
+    is_flipped = images[:, 0, 2, 0] > -1
+    # 480 fair coins: 5 standard deviations.
+    assert abs(is_flipped.mean() - 0.5) < 5 * 0.5 / np.sqrt(480)
+    assert ((images[:, 0, 0, 0] > -1) != is_flipped).all()
+    unflipped = np.concatenate([batch["image"] for batch in batches(60)])
+    np.testing.assert_array_equal(unflipped[~is_flipped], images[~is_flipped])
+
+
+def test_threads_change_nothing_and_end():
+    before = threading.active_count()
+    one = batches(20, num_threads=1)
+    many = batches(20, num_threads=8)
+    np.testing.assert_array_equal(labels(one), labels(many))
+    for _ in range(200):
+        if threading.active_count() <= before:
+            break
+        threading.Event().wait(0.01)
+    assert threading.active_count() <= before
