@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     config.optimizer.ema_decay = 0.995
 
     config.train.global_batch_size = 64
-    config.train.num_train_steps = 3_000
+    config.train.num_train_steps = 2_000
     config.train.log_every = 50
     config.train.checkpoint_every = 500
 
