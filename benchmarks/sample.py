@@ -1,0 +1,91 @@
+"""Sampling against a large matrix product: `python -m benchmarks.sample`.
+
+From the repository's root. One call of `cfjax.sampling.generate` makes a batch of
+`config.train.global_batch_size` images; the number of AR steps, denoising steps and the guidance
+are those of `config.sampling`, to be changed by --config.sampling.KEY=VALUE.
+
+FLOPs are the model's. A pass over m tokens that see k cached ones and each other costs one example
+n m (24 D^2 + 4 (k + m) D) and its ends; there is one for each denoising step, one to push each AR
+step but the last into the KV cache, and one to prefill it; twice as much with guidance.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from benchmarks import measuring
+from cfjax import build, program, sampling, sharding
+from cfjax.models.causal_fusion import CausalFusion
+from cfjax.rng import per_example_keys
+
+
+def sampling_flops(
+    model: CausalFusion, split_sizes: Sequence[int], num_denoising_steps: int, guided: bool
+) -> int:
+    """Model FLOPs of one image."""
+    condition = model.condition_length
+    total = model.depth * measuring.layer_flops(model, condition, condition)
+    begins = itertools.accumulate(split_sizes, initial=0)
+    for begin, size in zip(begins, split_sizes, strict=False):
+        layers = model.depth * measuring.layer_flops(model, size, condition + begin + size)
+        total += num_denoising_steps * (layers + measuring.end_flops(model, 0, size, 1))
+        if begin + size < model.num_tokens:
+            total += layers + measuring.end_flops(model, size, 0, 0)
+    return total * (2 if guided else 1)
+
+
+def main(_: Sequence[str]) -> None:
+    """Runs the benchmark."""
+    config = flags.FLAGS["config"].value
+    model, mesh = build.model(config), build.mesh(config)
+    settings, schedule = build.sampling_settings(config)
+    key = jax.random.key(config.seed)
+    batch_size = config.train.global_batch_size
+    with sharding.activate(mesh):
+        params = sharding.born_sharded(build.init_params(model), mesh, key)
+        labels = jax.random.randint(key, (batch_size,), 0, config.data.num_classes)
+        keys = per_example_keys(key, jnp.arange(batch_size))
+        labels, keys = jax.device_put((labels, keys), sharding.batch_sharding(mesh))
+        compiled, trace_seconds, compile_seconds = measuring.compile_seconds(
+            sampling.generate, model, params, schedule, settings, labels, keys
+        )
+        matmul, matmul_flops = measuring.matmul_program(
+            flags.FLAGS["matmul_size"].value, model.dtype
+        )
+        times = measuring.timed_rounds(
+            lambda: compiled(params, labels, keys), matmul, flags.FLAGS["rounds"].value
+        )
+
+    num_denoising_steps = schedule.num_timesteps
+    flops = batch_size * sampling_flops(
+        model, settings.split_sizes, num_denoising_steps, settings.guidance.is_used
+    )
+    rates = measuring.rates(times, flops, matmul_flops)
+    measuring.report(
+        {
+            "benchmark": "sample",
+            "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+            "dtype": config.model.dtype,
+            "batch_size": batch_size,
+            "num_ar_steps": len(settings.split_sizes),
+            "num_denoising_steps": num_denoising_steps,
+            "guidance_scale": settings.guidance.scale,
+            "model_tflop": flops / 1e12,
+            "images_per_second": batch_size / rates["seconds"],
+            "tokens_per_second": batch_size * model.num_tokens / rates["seconds"],
+            "seconds_per_denoising_step": rates["seconds"]
+            / (len(settings.split_sizes) * num_denoising_steps),
+            **rates,
+            "trace_seconds": trace_seconds,
+            "compile_seconds": compile_seconds,
+            **measuring.peak_memory_gib(),
+        }
+    )
+
+
+if __name__ == "__main__":
+    measuring.define_flags(rounds=5)
+    program.run(main)
