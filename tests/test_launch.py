@@ -148,7 +148,7 @@ def test_quickstart_runs_every_program(clone):
     assert code == 0, output
     assert log[1].endswith("-r requirements.txt")
     programs = [line.split("|")[3] for line in log[3:]]
-    assert programs == ["cfjax.train", "cfjax.sample", "cfjax.evaluate", "cfjax.draw"]
+    assert programs == ["cfjax.train", "cfjax.sample", "cfjax.draw", "cfjax.evaluate"]
     assert all(line.startswith(f"{clone}|") for line in log[3:])
 
     code, _, log = run(clone, "launch/quickstart.sh", FAIL_MODULE="cfjax.sample")
