@@ -60,10 +60,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space")
 
     monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match=r"samples.npz can't be written: no space\."):
         image_files.write_npz(path, np.ones((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["samples.npz"]
+    with pytest.raises(UserError, match=r"a.png can't be written: No such file"):
+        image_files.write_png(tmp_path / "nowhere" / "a.png", np.zeros((2, 2, 1), np.uint8))
+
+
+def test_a_folder_is_read_in_the_order_of_names_without_what_is_hidden(tmp_path):
+    for i in (2, 0, 1):
+        image_files.write_png(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8))
+    (tmp_path / "._0.png").write_bytes(b"what a Mac leaves beside a file")
+    (tmp_path / "notes.txt").write_text("")
+    images, _ = image_files.read_images(tmp_path)
+    np.testing.assert_array_equal(images[:, 0, 0, 0], [0, 1, 2])
 
 
 def test_what_is_no_images_is_refused(tmp_path):
@@ -73,6 +84,8 @@ def test_what_is_no_images_is_refused(tmp_path):
     for i, size in enumerate((4, 5)):
         image_files.write_png(mixed / f"{i}.png", np.zeros((size, 4, 1), np.uint8))
     (broken / "a.png").write_bytes(b"no picture")
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.zeros((2, 4, 4, 1), np.uint8))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 1)))
     np.savez(tmp_path / "other.npz", images=np.zeros((2, 4, 4, 1), np.uint8))
     np.savez(tmp_path / "odd.npz", arr_0=np.zeros((2, 4, 4, 1), np.uint8), labels=np.zeros(3))
@@ -81,12 +94,41 @@ def test_what_is_no_images_is_refused(tmp_path):
         "nowhere": "there are no samples at .*nowhere",
         "empty": "empty has no images",
         "mixed": r"1.png is \(5, 4, 1\), but 0.png is \(4, 4, 1\)",
-        "broken": "a.png can't be decoded",
+        "broken": "the image .*a.png is no image; remove or mend it",
         "floats.npz": "must hold uint8 images",
         "other.npz": "must hold uint8 images",
         "odd.npz": r"2 images but labels of shape \(3,\)",
         "cut.npz": "cut.npz can't be read as .npz",
+        "array.npz": "array.npz can't be read as .npz",
     }.items():
         with pytest.raises(UserError, match=words) as error:
             image_files.read_images(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def test_sixteen_bits_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 0xFFFF, 400).reshape(20, 20)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "32.tif")
+    for name in ("16.png", "32.tif"):
+        for channels, mode in ((None, "L"), (1, "L"), (3, "RGB")):
+            image = image_files.read_image(tmp_path / name, channels)
+            assert image.mode == mode
+            np.testing.assert_array_equal(image.convert("L"), ramp.astype(int) >> 8)
+    Image.fromarray((ramp / 0xFFFF).astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((4, 4), 1 << 20, np.int32)).save(tmp_path / "deep.tif")
+    for name in ("float.tif", "deep.tif"):
+        with pytest.raises(UserError, match=f"{name} can't be decoded"):
+            image_files.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("only_check", [False, True])
+@pytest.mark.parametrize("form", ["jpeg", "png"])
+def test_a_cut_file_is_found(form, only_check, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    path = tmp_path / f"picture.{form}"
+    Image.fromarray(pixels).save(path)
+    image_files.read_image(path, 3, only_check)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+    with pytest.raises(UserError, match=r"picture.* can't be decoded; remove or mend it"):
+        image_files.read_image(path, 3, only_check)

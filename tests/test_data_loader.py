@@ -1,13 +1,19 @@
 """The loader: an endless stream that depends on seed and position alone."""
 
 import itertools
+import logging as python_logging
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cfjax.data.loader import TrainLoader
+from cfjax.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 SIZE, BATCH = 30, 8
 
 
@@ -21,10 +27,15 @@ class CountingSource:
     def __len__(self):
         return SIZE
 
-    def __getitem__(self, index):
-        image = np.zeros(self.image_shape, np.uint8)
-        image[:, 0] = index + 1
-        return {"image": image, "label": np.int32(index)}
+    def images_at(self, indices):
+        images = np.zeros((len(indices), *self.image_shape), np.uint8)
+        images[:, :, 0] = indices[:, None, None] + 1
+        return images
+
+
+class BrokenSource(CountingSource):
+    def images_at(self, indices):
+        raise UserError("the image 7.png can't be decoded.")
 
 
 def batches(count, examples_seen=0, rows=None, batch_size=BATCH, **options):
@@ -64,7 +75,11 @@ def test_each_epoch_has_each_example_once_in_a_new_order():
 
 
 def test_seeds_differ():
-    assert (labels(batches(3)) != labels(batches(3, seed=1))).any()
+    seeds = (0, 1, -1, 2**63 + 1)
+    takes = [batches(8, seed=seed, horizontal_flip=True) for seed in seeds]
+    assert len({labels(taken).tobytes() for taken in takes}) == len(seeds)
+    flips = {(np.stack([b["image"] for b in taken])[..., 2, 0] > -1).tobytes() for taken in takes}
+    assert len(flips) == len(seeds)
 
 
 @pytest.mark.parametrize("first", [1, 5])
@@ -80,6 +95,17 @@ def test_another_batch_size_goes_on_with_the_same_stream():
     stream = labels(batches(10))
     tail = labels(batches(2, examples_seen=3 * BATCH, batch_size=12))
     np.testing.assert_array_equal(tail, stream[24:48])
+
+
+def test_flips_follow_the_position_from_anywhere():
+    def flips(**where):
+        images = np.concatenate([b["image"] for b in batches(2, horizontal_flip=True, **where)])
+        return images[:, 0, 2, 0] > -1
+
+    stream = flips(batch_size=40)
+    for first in range(6):
+        tail = flips(examples_seen=first, batch_size=7)
+        np.testing.assert_array_equal(tail, stream[first : first + 14])
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
@@ -110,8 +136,44 @@ def test_threads_change_nothing_and_end():
     one = batches(20, num_threads=1)
     many = batches(20, num_threads=8)
     np.testing.assert_array_equal(labels(one), labels(many))
+    np.testing.assert_array_equal(labels(one), labels(batches(20, num_threads=0)))
     for _ in range(200):
         if threading.active_count() <= before:
             break
         threading.Event().wait(0.01)
     assert threading.active_count() <= before
+
+
+def test_many_threads_are_no_reason_to_complain(caplog):
+    with caplog.at_level(python_logging.WARNING, logger="absl"):
+        batches(1, num_threads=16)
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"data.num_threads must be at least 0, got -1"):
+        batches(1, num_threads=-1)
+
+
+def test_a_file_that_broke_later_is_one_sentence():
+    with (
+        TrainLoader(BrokenSource(), seed=0, rows=np.arange(4), global_batch_size=4) as loader,
+        pytest.raises(UserError, match=r"7.png can't be decoded"),
+    ):
+        next(loader)
+
+
+@pytest.mark.parametrize("end", ["loader.close()", "sys.exit(3)"])
+def test_programs_end_without_noise(end):
+    code = (
+        "import sys; import numpy as np; from cfjax.data.embedded import MnistSource;"
+        "from cfjax.data.loader import TrainLoader;"
+        "loader = TrainLoader(MnistSource('train'), seed=0, rows=np.arange(8),"
+        f"global_batch_size=8); next(loader); {end}"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert ended.returncode == (3 if "exit" in end else 0)
+    assert (ended.stdout, ended.stderr) == ("", "")

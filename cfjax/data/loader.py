@@ -5,6 +5,7 @@ and p alone, and each epoch is shuffled anew. How many processes read the stream
 was interrupted, changes nothing.
 """
 
+import zlib
 from collections.abc import Iterator
 from typing import Self
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from cfjax.data.images import to_model_range
 from cfjax.data.sources import Source
+from cfjax.errors import UserError
 
 _PREFETCHED_BATCHES = 4
 _ENDLESS = 2**60
@@ -40,26 +42,34 @@ class TrainLoader:
         Args:
           source: the images.
           seed: of the shuffle and the flips.
-          rows: rows of the global batch that this process reads, from `sharding.batch_rows`.
+          rows: rows of the global batch that this process reads, ascending, from
+            `sharding.batch_rows`.
           global_batch_size: examples of a batch over all processes.
           examples_seen: position in the stream of the first batch.
           horizontal_flip: mirror each example with probability 1/2.
-          num_threads: that read and decode ahead.
+          num_threads: that read and decode ahead, each a batch; with 0, a batch is read when it
+            is asked for.
+
+        Raises:
+          UserError: `num_threads` is negative.
         """
-        stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        if num_threads < 0:
+            raise UserError(f"data.num_threads must be at least 0, got {num_threads}.")
+        seed %= 2**64
+        stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        _ = stream[0]  # grain sets itself up at the first access, which threads must not share
 
         def read(batch: int) -> dict[str, np.ndarray]:
             positions = examples_seen + batch * global_batch_size + rows
-            examples = [stream[int(position)] for position in positions]
-            images = np.stack([example["image"] for example in examples])
+            indices = np.array([stream[position] for position in positions.tolist()])
+            images = source.images_at(indices)
             if horizontal_flip:
-                flip = [_is_flipped(seed, position) for position in positions]
+                flip = _is_flipped(seed, positions)
                 images[flip] = images[flip, :, ::-1]
-            labels = np.array([example["label"] for example in examples], np.int32)
-            return {"image": to_model_range(images), "label": labels}
+            return {"image": to_model_range(images), "label": source.labels[indices]}
 
         options = grain.ReadOptions(
-            num_threads=num_threads, prefetch_buffer_size=_PREFETCHED_BATCHES
+            num_threads=num_threads, prefetch_buffer_size=max(_PREFETCHED_BATCHES, num_threads)
         )
         self._batches = iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))
 
@@ -67,6 +77,7 @@ class TrainLoader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch; raises a `UserError` if an image can no longer be read."""
         return next(self._batches)
 
     def close(self) -> None:
@@ -80,5 +91,10 @@ class TrainLoader:
         self.close()
 
 
-def _is_flipped(seed: int, position: int) -> bool:
-    return bool(np.random.default_rng((seed, int(position))).random() < 0.5)
+def _is_flipped(seed: int, positions: np.ndarray) -> np.ndarray:
+    """A coin toss at each of the ascending positions, bool `[n]`."""
+    # Philox yields four words a count, so it starts anywhere in the stream at once.
+    first = int(positions[0]) // 4
+    key = np.array([seed, zlib.crc32(b"horizontal_flip")], np.uint64)
+    words = np.random.Philox(key=key, counter=first).random_raw(int(positions[-1]) - 4 * first + 1)
+    return words[positions - 4 * first] >= 2**63

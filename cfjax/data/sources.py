@@ -36,6 +36,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def images_at(self, indices: np.ndarray) -> np.ndarray:
+        """A new array uint8 `[n, H, W, C]`, which the loader's threads ask for."""
+        ...
+
 
 def open_source(
     name: str,
