@@ -127,7 +127,14 @@ def initialize_distributed() -> None:
                 f" --num_processes={by_hand['num_processes']}."
             )
         jax.distributed.initialize(**by_hand)
+        _log_on_one_host()
     elif len(missing) < len(by_hand):
         raise UserError(f"several processes by hand need {' and '.join(missing)} too.")
     elif flags.FLAGS.distributed:
         jax.distributed.initialize()
+        _log_on_one_host()
+
+
+def _log_on_one_host() -> None:
+    if jax.process_index() != 0:
+        logging.set_verbosity(logging.WARNING)
