@@ -1,6 +1,7 @@
 """Your own pictures: a folder with one sub-folder a class."""
 
-import zlib
+import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -24,8 +25,8 @@ _MAX_NAMED = 5  # of broken files in an error
 class ImageFolderSource:
     """The images of `<path>/<class>/**`, centre-cropped; classes in the order of their names.
 
-    A tenth of each class, chosen by a hash of the file's path within the folder, is "held_out";
-    where no class has ten images, one image is. Up to 1 GiB of cropped images stay in memory; of a
+    About a tenth, chosen by a hash of the file's path within the folder, is "held_out", at least
+    one image; files that are added move no others. Up to 1 GiB of cropped images stay in memory; of a
     larger set, each is decoded again when it is asked for. See `cfjax.data.sources.Source`.
     """
 
@@ -151,20 +152,25 @@ def _named(paths: Iterable[Path]) -> str:
 
 
 def _held_out(root: Path, usable: list[tuple[Path, int]]) -> np.ndarray:
-    """Which files are held out: of each class the tenth with the smallest hashes, rounded down.
+    """Which files are held out, bool `[N]`: those whose hash lies in the lowest tenth.
 
-    If that is none, the one with the smallest hash of a class that has others.
+    The hash of a file alone decides, not its rank, so that adding files moves no other file. The
+    exceptions are for small folders: each class keeps the file of its largest hash for training,
+    and if no file is held out, the one of the smallest hash in a class that has others is.
     """
-    hashes = np.array(
-        [zlib.crc32(file.relative_to(root).as_posix().encode()) for file, _ in usable]
-    )
+    hashes = np.array([_hash(file.relative_to(root)) for file, _ in usable])
     labels = np.array([label for _, label in usable])
-    held_out = np.zeros(len(usable), bool)
+    held_out = hashes < HELD_OUT_SHARE
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        count = int(HELD_OUT_SHARE * len(members))
-        held_out[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
+        held_out[members[np.argmax(hashes[members])]] = False
     has_others = np.flatnonzero(np.bincount(labels)[labels] > 1)
     if not held_out.any() and len(has_others):
         held_out[has_others[np.argmin(hashes[has_others])]] = True
     return held_out
+
+
+def _hash(path: Path) -> float:
+    """Uniform in 0...1. A CRC would not do: it is far from uniform over numbered names."""
+    digest = hashlib.sha256(os.fsencode(path.as_posix())).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
