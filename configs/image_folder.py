@@ -29,7 +29,6 @@ def get_config() -> ConfigDict:
 
     config.diffusion.noise_schedule = "cosine"
     config.diffusion.prediction_type = "x_start"
-    config.loss.noise_level_weighting = "min_snr"
 
     config.optimizer.learning_rate = 5e-4
     config.optimizer.schedule = "cosine"

@@ -28,9 +28,10 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"
     config.model.remat_policy = "none"
 
-    # Of pixels, which have bounds, x_0 is learned in far fewer train steps than ε.
+    # Pixels have bounds: x_0 is learned in far fewer train steps than ε. Unweighted, its loss counts
+    # high noise as much as low, which is where the context of clean tokens matters.
     config.diffusion.prediction_type = "x_start"
-    config.loss.noise_level_weighting = "min_snr"
+    config.diffusion.noise_schedule = "cosine"
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
