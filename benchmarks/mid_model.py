@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.model.depth = 12
     config.model.num_heads = 6
     config.model.dtype = "float32"
+    config.model.split_attention = True
 
     config.train.global_batch_size = 8
 

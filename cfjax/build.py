@@ -52,6 +52,7 @@ def model(config: ConfigDict) -> CausalFusion:
         dtype=DTYPES[model.dtype],
         scan_layers=model.scan_layers,
         remat_policy=model.remat_policy,
+        split_attention=model.split_attention,
     )
 
 

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.model.position_embedding = "learned"  # or "sincos" (frozen)
     config.model.dtype = "bfloat16"  # of matrix products; all else is float32
     config.model.remat_policy = "dots"  # what the backward pass recomputes: "none", "dots", "full"
+    config.model.split_attention = False  # context rows leave out noised keys: faster on CPUs
     config.model.scan_layers = True  # compile one layer and loop over it
 
     config.factorization = ConfigDict()

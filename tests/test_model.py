@@ -200,13 +200,20 @@ def value_and_grad(module, params, inputs):
 
 
 @pytest.mark.parametrize(
-    ("scan_layers", "remat_policy"),
-    [(True, "dots"), (True, "full"), (False, "none"), (False, "dots")],
+    "variant",
+    [
+        {"remat_policy": "dots"},
+        {"remat_policy": "full"},
+        {"scan_layers": False},
+        {"scan_layers": False, "remat_policy": "dots"},
+        {"split_attention": True},
+        {"split_attention": True, "remat_policy": "dots"},
+    ],
 )
-def test_scanned_unrolled_and_rematerialized_layers_agree(scan_layers, remat_policy):
+def test_scanned_rematerialized_and_split_layers_agree(variant):
     params, inputs = random_params(SMALL), random_inputs(SMALL, PLANS["irregular"])
     value, grads = reference = value_and_grad(SMALL, params, inputs)
-    module = SMALL.clone(scan_layers=scan_layers, remat_policy=remat_policy)
+    module = SMALL.clone(**variant)
     assert_same_up_to_order(value_and_grad(module, params, inputs), reference)
     # Not the comparison of nothing with nothing; softmax does not see the bias of the key norm.
     grads["params"]["blocks"]["attn"]["k_norm"].pop("bias")

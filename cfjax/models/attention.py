@@ -32,6 +32,9 @@ def attend(
 class Attention(nn.Module):
     """Self-attention of `x [batch, T, D]`, with cached keys and values before its own.
 
+    A pair of masks splits the queries: the first n see the first n keys under the first mask,
+    `[batch, n, n]`, the others all keys under the second.
+
     Returns `(output [batch, T, D], keys, values)`; keys (after their norm) and values are those of
     `x` alone, `[batch, T, heads, E]`, ready to be cached.
     """
@@ -44,7 +47,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         cached: tuple[jax.Array, jax.Array] | None,
-        mask: jax.Array | None,
+        mask: jax.Array | tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         width = x.shape[-1]
         head_width = width // self.num_heads
@@ -66,7 +69,13 @@ class Attention(nn.Module):
         if cached is not None:
             all_keys = jnp.concatenate([cached[0].astype(keys.dtype), keys], axis=1)
             all_values = jnp.concatenate([cached[1].astype(values.dtype), values], axis=1)
-        attended = attend(queries, all_keys, all_values, mask)
+        if isinstance(mask, tuple):
+            n = mask[0].shape[-1]
+            first = attend(queries[:, :n], keys[:, :n], values[:, :n], mask[0])
+            others = attend(queries[:, n:], keys, values, mask[1])
+            attended = jnp.concatenate([first, others], axis=1)
+        else:
+            attended = attend(queries, all_keys, all_values, mask)
         output = dense(
             width, ("heads", "head_width", "width"), axis=(-2, -1), dtype=self.dtype, name="proj"
         )(attended)

@@ -59,23 +59,35 @@ class KVCache(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `cached` and `mask_terms` are None where there are none."""
+    """Pre-norm transformer block; `cached`, `terms` and `mask` are None where there are none.
+
+    `terms` are those of the condition and clean tokens, then those of the noised tokens.
+    """
 
     num_heads: int
     mlp_ratio: float
     dtype: Any
+    split_attention: bool
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
         cached: tuple[jax.Array, jax.Array] | None,
-        terms: MaskTerms | None,
+        terms: tuple[MaskTerms, MaskTerms] | None,
         mask: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         width = x.shape[-1]
         if terms is not None:
-            mask = generalized_causal_mask(terms, terms)
+            context, noised = terms
+            every = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), context, noised)
+            if self.split_attention:
+                mask = (
+                    generalized_causal_mask(context, context),
+                    generalized_causal_mask(noised, every),
+                )
+            else:
+                mask = generalized_causal_mask(every, every)
         normed = layer_norm("width", dtype=self.dtype, name="norm1")(x)
         attention = Attention(self.num_heads, self.dtype, name="attn")
         attended, keys, values = attention(normed, cached, mask)
@@ -102,6 +114,8 @@ class CausalFusion(nn.Module):
       scan_layers: compile one layer and loop, instead of unrolling; the parameters are the same.
       remat_policy: what the backward pass recomputes: "none", "dots" (all but matrix products) or
         "full" (all but the layers' inputs).
+      split_attention: in training, attend from condition and clean tokens to these alone, instead of
+        masking the noised keys away: less arithmetic and memory, one more concatenation a layer.
     """
 
     width: int
@@ -117,6 +131,7 @@ class CausalFusion(nn.Module):
     dtype: Any = jnp.float32
     scan_layers: bool = True
     remat_policy: str = "none"
+    split_attention: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -184,7 +199,7 @@ class CausalFusion(nn.Module):
             unroll=1 if self.scan_layers else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(self.num_heads, self.mlp_ratio, self.dtype)
+        return scanned(self.num_heads, self.mlp_ratio, self.dtype, self.split_attention)
 
     def __call__(
         self,
@@ -229,6 +244,11 @@ class CausalFusion(nn.Module):
         condition_ids = jnp.zeros((batch, self.condition_length), ar_step_ids.dtype)
         ids = [condition_ids, ar_step_ids[:, :num_clean]] + [ar_step_ids] * copies
         terms = mask_terms(kinds[None], jnp.concatenate(ids, axis=1), num_tokens)
+        num_context = self.condition_length + num_clean
+        terms = (
+            jax.tree.map(lambda term: term[:, :num_context], terms),
+            jax.tree.map(lambda term: term[:, num_context:], terms),
+        )
 
         x, _ = self.blocks(x, None, terms, None)
         noised = x[:, -copies * num_tokens :]
