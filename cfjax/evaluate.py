@@ -3,7 +3,7 @@
 With `--checkpoint` images are generated, `--num_samples` for each number of AR steps; with
 `--samples FILE_OR_FOLDER --config CONFIG` they are read. The features are those of a small
 classifier trained on the real training images and kept in `<out>/classifier`; the report, as JSON
-with its protocol, is `<out>/scores.json`.
+with its protocol, is `<out>/scores.json`. Runs as one process.
 """
 
 import sys
@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 import cfjax
 from cfjax import build, program
-from cfjax.checkpoints import latest_train_step
+from cfjax.checkpoint_folders import find
 from cfjax.config_loading import define_config_flag
 from cfjax.data.image_files import read_images
-from cfjax.data.sources import all_images
+from cfjax.data.sources import Source, all_images
+from cfjax.diffusion.solvers import Solver
 from cfjax.errors import UserError
 from cfjax.evaluation.classifier import load_or_train
 from cfjax.evaluation.report import Report, floor_distance, score
@@ -40,30 +41,27 @@ Samples = tuple[str, np.ndarray, np.ndarray | None]
 
 
 def evaluate(
-    config: ConfigDict, samples: Iterator[Samples], out: Path, protocol: dict[str, Any]
+    config: ConfigDict,
+    sources: tuple[Source, Source],
+    samples: Iterator[Samples],
+    out: Path,
+    protocol: dict[str, Any],
 ) -> Report:
     """Scores samples against the real training images of a config and saves the report.
 
     Args:
       config: names the data.
+      sources: the real images, training and held-out.
       samples: one row of the report each.
       out: folder of the report and the classifier.
       protocol: what is known of the samples, to stand beside the scores.
-
-    Raises:
-      UserError: the samples are not of the size of the data, or too few.
     """
-    train, held_out = (build.source(config, split) for split in ("train", "held_out"))
+    train, held_out = sources
     classifier = load_or_train(out / "classifier", train, held_out)
     real, _ = classifier.features(all_images(train)[0])
     reference = FeatureStatistics.of(real)
     scores = []
     for name, images, labels in samples:
-        if images.shape[1:] != train.image_shape:
-            raise UserError(
-                f"the samples are {images.shape[1:]}, but the images of {config.data.name} are"
-                f" {train.image_shape}; pass samples of that size."
-            )
         features, classes = classifier.features(images)
         scores.append(score(name, features, classes, labels, reference))
     report = Report(
@@ -76,9 +74,8 @@ def evaluate(
             "real images": f"one half of the reference against the other, {len(train) // 2} each;"
             f" accuracy on {len(held_out)} held-out images",
             "feature extractor": f"classifier of sha256 {classifier.checksum}",
-            "rounding": "uint8, truncated",
             **protocol,
-            "versions": f"cfjax {cfjax.__version__}, jax {jax.__version__}",
+            "versions": f"cfjax {cfjax.__version__}, jax {jax.__version__}, numpy {np.__version__}",
         },
     )
     report.save(out / "scores.json")
@@ -89,8 +86,13 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report:
     sampler = load(values["checkpoint"], values["train_step"])
     overrides = sampling_overrides()
     ar_steps = integers("ar_steps", values["ar_steps"])
+    if not ar_steps:
+        raise UserError("--ar_steps names no number of AR steps; pass some, such as 1,7.")
+    if values["config"] is not None:
+        raise UserError("--checkpoint has its own config; drop --config.")
     settings = {s: sampler.settings(overrides | {"num_ar_steps": s}) for s in ar_steps}
     labels = labels_of((), values["num_samples"], sampler.model.num_classes)
+    sources = _sources(sampler.config)
     program.check_workdir_writable(out)
     seed, batch_size = values["seed"], values["batch_size"]
 
@@ -99,17 +101,26 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report:
             images = generate_with_progress(sampler, labels, seed, batch_size, stream_args)
             yield f"S = {num_ar_steps}", images, labels
 
-    train_step = values["train_step"]
-    if train_step is None:
-        train_step = latest_train_step(values["checkpoint"])
+    train_step = find(values["checkpoint"], values["train_step"]).name
     chosen, schedule = settings[ar_steps[0]]
     protocol = {
         "checkpoint": f"{values['checkpoint']}, train step {train_step}, EMA",
         "sampler": f"{schedule.num_timesteps} denoising steps of {chosen.solver.name} for each AR"
-        f" step, token order {chosen.token_order}, guidance {chosen.guidance.scale:g}",
+        f" step ({_solver_details(chosen.solver)}), token order {chosen.token_order}, guidance"
+        f" {chosen.guidance.scale:g} in {chosen.guidance.interval}",
+        "rounding": "uint8, truncated",
         "seed": seed,
     }
-    return evaluate(sampler.config, samples(), out, protocol)
+    return evaluate(sampler.config, sources, samples(), out, protocol)
+
+
+def _solver_details(solver: Solver) -> str:
+    rule = f"eta {solver.eta:g}" if solver.name == "ddim" else f"variance {solver.variance}"
+    return f"{rule}, x_0 clipped" if solver.clip_x_start else rule
+
+
+def _sources(config: ConfigDict) -> tuple[Source, Source]:
+    return build.source(config, "train"), build.source(config, "held_out")
 
 
 def _of_samples(values: dict[str, Any], out: Path) -> Report:
@@ -121,9 +132,20 @@ def _of_samples(values: dict[str, Any], out: Path) -> Report:
     images, labels = read_images(values["samples"])
     if len(images) < 2:
         raise UserError(f"{values['samples']} holds 1 image; a covariance needs at least 2.")
+    sources = _sources(config)
+    if images.shape[1:] != sources[0].image_shape:
+        raise UserError(
+            f"the samples are {images.shape[1:]}, but the images of {config.data.name} are"
+            f" {sources[0].image_shape}; pass samples of that size."
+        )
+    if labels is not None and not ((labels >= 0) & (labels < config.data.num_classes)).all():
+        raise UserError(
+            f"{values['samples']} has labels outside the classes 0 to"
+            f" {config.data.num_classes - 1} of {config.data.name}; leave 'labels' out or mend it."
+        )
     program.check_workdir_writable(out)
     row = (Path(values["samples"]).name, images, labels)
-    return evaluate(config, iter([row]), out, {"samples": values["samples"]})
+    return evaluate(config, sources, iter([row]), out, {"samples": values["samples"]})
 
 
 def main(_: Sequence[str]) -> None:

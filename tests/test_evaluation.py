@@ -18,6 +18,7 @@ from cfjax.evaluation import classifier as classifiers
 from cfjax.evaluation.frechet import frechet_distance
 from cfjax.evaluation.report import Report, Score, floor_distance, score
 from cfjax.evaluation.statistics import FeatureStatistics
+from cfjax.train import train
 
 # ml_collections loads config files that way.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -37,6 +38,9 @@ class Subset:
 
     def __getitem__(self, index):
         return self._source[index * self._stride]
+
+    def images_at(self, indices):
+        return self._source.images_at(indices * self._stride)
 
 
 @pytest.fixture(scope="module")
@@ -252,10 +256,35 @@ def test_the_program_refuses(small_program, arguments, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_samples_of_another_size_are_refused(small_program, tmp_path):
-    write_npz(tmp_path / "wide.npz", np.zeros((4, 28, 30, 1), np.uint8), np.zeros(4, np.int32))
-    with pytest.raises(UserError, match=r"the samples are \(28, 30, 1\), but the images of mnist"):
-        small_program(f"--samples={tmp_path / 'wide.npz'}", f"--out={tmp_path}", *tiny.flags())
+@pytest.mark.parametrize(
+    ("width", "label", "words"),
+    [
+        (30, 0, r"the samples are \(28, 30, 1\), but the images of mnist"),
+        (28, 10, "has labels outside the classes 0 to 9"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(small_program, tmp_path, width, label, words):
+    images, labels = np.zeros((4, 28, width, 1), np.uint8), np.full(4, label, np.int32)
+    write_npz(tmp_path / "odd.npz", images, labels)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=words):
+        small_program(f"--samples={tmp_path / 'odd.npz'}", f"--out={out}", *tiny.flags())
+    assert not out.exists()
+
+
+def test_a_checkpoint_is_scored(small_program, tmp_path):
+    run = tmp_path / "run"
+    train(tiny.config(train__num_train_steps=3, train__checkpoint_every=1), run)
+    checkpoint, out = run / "checkpoints" / "2", tmp_path / "out"
+    small_program(
+        f"--checkpoint={checkpoint}", f"--out={out}", "--num_samples=30", "--ar_steps=1,4"
+    )
+    document = json.loads((out / "scores.json").read_text())
+    assert [row["name"] for row in document["scores"]] == ["S = 1", "S = 4"]
+    for row in document["scores"]:
+        assert row["FID-30 (mnist-classifier)"] > document["floor (mnist-classifier)"]
+    assert "train step 2," in document["protocol"]["checkpoint"]
+    assert "4 denoising steps of ddim" in document["protocol"]["sampler"]
 
 
 def test_the_judge_is_right_about_real_digits():

@@ -91,4 +91,4 @@ def open_source(
 
 def all_images(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """Every image uint8 `[N, H, W, C]` and label int32 `[N]` of a source, in memory."""
-    return np.stack([source[i]["image"] for i in range(len(source))]), source.labels
+    return source.images_at(np.arange(len(source))), source.labels

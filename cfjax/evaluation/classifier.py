@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from cfjax.data.images import to_model_range
 from cfjax.data.sources import Source, all_images
-from cfjax.models.classifier import NUM_FEATURES, Classifier
+from cfjax.models.classifier import CHANNELS, NUM_FEATURES, Classifier
 
 _PARAMS, _CARD = "params.npz", "classifier.json"
 _BATCH = 250
@@ -99,6 +99,7 @@ def load_or_train(
         "images": hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:12],
         "training": dataclasses.asdict(training),
         "num_classes": len(train.class_names),
+        "model": [list(CHANNELS), NUM_FEATURES, *train.image_shape],
     }
     kept = _load(folder, key)
     if kept is not None:
