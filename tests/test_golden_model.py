@@ -88,15 +88,21 @@ def test_inner_activations(letter):
     kinds = np.repeat([CONDITION, CLEAN, NOISED], lengths)
     sequence_ids = np.concatenate([0 * kinds[: lengths[0]], ids[0, :num_clean], ids[0]])
     terms = mask_terms(jnp.asarray(kinds)[None], jnp.asarray(sequence_ids)[None], num_tokens)
-    first_layer = {"params": jax.tree.map(lambda leaf: leaf[0], params(letter)["blocks"])}
-    block = Block(module.num_heads, module.mlp_ratio, module.dtype)
-    (output, _), captured = block.apply(
-        first_layer, golden["dbg/seq_in"], None, terms, None, capture_intermediates=True
+    num_context = module.condition_length + num_clean
+    terms = tuple(
+        jax.tree.map(lambda term, rows=rows: term[:, rows], terms)
+        for rows in (slice(num_context), slice(num_context, None))
     )
-    inner = captured["intermediates"]
-    assert_close_to_max(inner["norm1"]["__call__"][0], golden["dbg/attn0_in"], 1e-5)
-    assert_close_to_max(inner["attn"]["__call__"][0][0], golden["dbg/attn0_out"], 1e-5)
-    assert_close_to_max(output, golden["dbg/block0_out"], 1e-5)
+    first_layer = {"params": jax.tree.map(lambda leaf: leaf[0], params(letter)["blocks"])}
+    for split_attention in (False, True):
+        block = Block(module.num_heads, module.mlp_ratio, module.dtype, split_attention)
+        (output, _), captured = block.apply(
+            first_layer, golden["dbg/seq_in"], None, terms, None, capture_intermediates=True
+        )
+        inner = captured["intermediates"]
+        assert_close_to_max(inner["norm1"]["__call__"][0], golden["dbg/attn0_in"], 1e-5)
+        assert_close_to_max(inner["attn"]["__call__"][0][0], golden["dbg/attn0_out"], 1e-5)
+        assert_close_to_max(output, golden["dbg/block0_out"], 1e-5)
 
 
 def guided(prediction, scale):
