@@ -1,5 +1,6 @@
 """The benchmarks run, and their model FLOPs are what the traced programs hold."""
 
+import functools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ TINY = {
     "model.depth": 3,
     "model.num_heads": 2,
     "model.num_condition_tokens": 4,
+    "model.split_attention": False,  # which skips products that the model's FLOPs count
     "train.global_batch_size": 2,
     "sampling.num_ar_steps": 3,
     "sampling.denoising_steps": "4",
@@ -58,12 +60,19 @@ def test_train_flops_are_those_of_the_forward_pass(overrides):
     model, objective_ = build.model(config), build.objective(config)
     params = jax.eval_shape(build.init_params(model), jax.random.key(0))
 
-    def forward(params, tokens, labels):
+    inputs = params, jnp.zeros((2, 16, 16)), jnp.zeros(2, jnp.int32)
+
+    def forward(model, params, tokens, labels):
         drawn = objective.corrupt(objective_, model, labels, 0, 0)
         return objective.loss(objective_, model, params, tokens, drawn).loss
 
-    jaxpr = jax.make_jaxpr(forward)(params, jnp.zeros((2, 16, 16)), jnp.zeros(2, jnp.int32))
-    assert dot_flops(jaxpr.jaxpr) == train_step.forward_flops(config)
+    jaxpr = jax.make_jaxpr(functools.partial(forward, model))(*inputs)
+    flops = train_step.forward_flops(config)
+    assert dot_flops(jaxpr.jaxpr) == flops
+
+    split = model.clone(split_attention=True)
+    jaxpr = jax.make_jaxpr(functools.partial(forward, split))(*inputs)
+    assert dot_flops(jaxpr.jaxpr) < flops
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
