@@ -33,10 +33,17 @@ def load(directory: str | PathLike, train_step: int | None = None) -> "Sampler":
       train_step: which checkpoint, by default the latest.
 
     Raises:
-      UserError: there is no such checkpoint, or it is corrupt.
+      UserError: there is no such checkpoint, it is corrupt, or its config lacks a field.
     """
     config = config_from_json(checkpoints.read_config(directory, train_step))
-    model = build.model(config)
+    try:
+        model = build.model(config)
+        build.sampling_settings(config)
+    except AttributeError as error:
+        raise UserError(
+            f"the config of the checkpoint in {directory} lacks the field {error.args[0]}, as another"
+            " version of cfjax saved it; add the field to its config/config.json."
+        ) from error
     mesh = sharding.make_mesh()
     abstract = sharding.abstract_sharded(build.init_params(model), mesh, jax.random.key(0))
     params = checkpoints.restore_ema(directory, abstract, train_step)

@@ -1,6 +1,7 @@
 """Sampling from a checkpoint: what an image depends on, compilations, the program, pictures."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -149,6 +150,17 @@ def test_bad_options_are_refused(sampler, options, words):
 def test_a_class_out_of_range_is_refused(sampler, label):
     with pytest.raises(UserError, match=f"class {label} is out of range: .* classes 0 to 9"):
         sampler.generate([1, label])
+
+
+def test_a_config_without_a_field_is_refused(workdir, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    (path,) = run.glob("checkpoints/*/config/config.json")
+    config = json.loads(path.read_text())
+    del config["model"]["split_attention"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"lacks the field .*split_attention.*config\.json"):
+        cfjax.load(run)
 
 
 def read_picture(path):
