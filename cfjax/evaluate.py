@@ -59,7 +59,7 @@ def evaluate(
     train, held_out = sources
     classifier = load_or_train(out / "classifier", train, held_out)
     real, _ = classifier.features(all_images(train)[0])
-    reference = FeatureStatistics.of(real)
+    reference, floor = FeatureStatistics.of(real), floor_distance(real)
     scores = []
     for name, images, labels in samples:
         features, classes = classifier.features(images)
@@ -67,11 +67,12 @@ def evaluate(
     report = Report(
         extractor=f"{config.data.name}-classifier",
         scores=scores,
-        floor=floor_distance(real),
+        floor=floor,
         held_out_accuracy=classifier.held_out_accuracy,
+        num_features=real.shape[1],
         protocol={
             "reference": f"{len(train)} training images of {config.data.name}",
-            "real images": f"one half of the reference against the other, {len(train) // 2} each;"
+            "real images": f"a random half of the reference against the other, {len(train) // 2} each;"
             f" accuracy on {len(held_out)} held-out images",
             "feature extractor": f"classifier of sha256 {classifier.checksum}",
             **protocol,

@@ -165,17 +165,24 @@ def test_the_kept_classifier_is_used_and_renewed_when_need_be(folder, real, tmp_
     assert len(trained) == 1
     classifiers.load_or_train(copy, Subset(real[0], 2), real[1], QUICK)  # other images
     assert len(trained) == 2
-    classifiers.load_or_train(copy, *real, classifiers.ClassifierTraining(epochs=4))
+    other_held_out = Subset(real[1], 2)
+    classifiers.load_or_train(copy, Subset(real[0], 2), other_held_out, QUICK)
     assert len(trained) == 3
-    (copy / "params.npz").write_bytes((copy / "params.npz").read_bytes()[:1000])
     classifiers.load_or_train(copy, *real, classifiers.ClassifierTraining(epochs=4))
     assert len(trained) == 4
+    (copy / "params.npz").write_bytes((copy / "params.npz").read_bytes()[:1000])
+    classifiers.load_or_train(copy, *real, classifiers.ClassifierTraining(epochs=4))
+    assert len(trained) == 5
 
 
 def make_report(num_samples=100):
     return Report(
-        "mnist-classifier", [Score("S = 7", num_samples, 12.3, 0.9)], 1.5, 0.98, {"seed": 3}
+        "mnist-classifier", [Score("S = 7", num_samples, 12.3, 0.9)], 1.5, 0.98, 64, {"seed": 3}
     )
+
+
+def document_warnings(report):
+    return json.loads(report.to_json())["warnings"]
 
 
 def test_a_report_names_its_distance_and_its_protocol(tmp_path):
@@ -189,7 +196,11 @@ def test_a_report_names_its_distance_and_its_protocol(tmp_path):
         assert words in table
     assert "seed: 3" in table
     assert "bias the distance upwards" in table
-    assert "bias the distance upwards" not in make_report(5000).table()
+    assert make_report(2048).warnings() == document_warnings(make_report(2048)) == []
+    few = make_report(64)
+    assert "64 samples give 64 features a singular covariance" in few.table()
+    assert len(few.warnings()) == 2 and few.warnings() == document_warnings(few)
+    assert len(make_report(65).warnings()) == 1
     report.save(tmp_path / "scores.json")
     assert json.loads((tmp_path / "scores.json").read_text()) == document
 

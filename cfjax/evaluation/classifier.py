@@ -95,8 +95,10 @@ def load_or_train(
     training = training or ClassifierTraining()
     folder = Path(folder)
     images, labels = all_images(train)
+    held_out_images, held_out_labels = all_images(held_out)
     key = {
-        "images": hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:12],
+        "images": _digest(images, labels),
+        "held_out_images": _digest(held_out_images, held_out_labels),  # of which the accuracy is
         "training": dataclasses.asdict(training),
         "num_classes": len(train.class_names),
         "model": [list(CHANNELS), NUM_FEATURES, *train.image_shape],
@@ -107,8 +109,8 @@ def load_or_train(
     params = fit(images, labels, len(train.class_names), training)
     flat = flax.traverse_util.flatten_dict(jax.device_get(params), sep="/")
     classifier = TrainedClassifier(flat, len(train.class_names), 0.0, _checksum(flat))
-    _, classes = classifier.features(all_images(held_out)[0])
-    accuracy = float(np.mean(classes == held_out.labels))
+    _, classes = classifier.features(held_out_images)
+    accuracy = float(np.mean(classes == held_out_labels))
     classifier = dataclasses.replace(classifier, held_out_accuracy=accuracy)
     _save(folder, key, classifier)
     logging.info("Trained the classifier in %s: %.1f%% held out.", folder, 100 * accuracy)
@@ -158,6 +160,13 @@ def _shifted(images: np.ndarray, max_shift: int, rng: np.random.Generator) -> np
             for image, (top, left) in zip(padded, offsets, strict=True)
         ]
     )
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:12]
 
 
 def _checksum(params: dict[str, np.ndarray]) -> str:

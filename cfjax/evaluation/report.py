@@ -75,6 +75,7 @@ class Report:
       scores: the rows.
       floor: from `floor_distance` on the reference.
       held_out_accuracy: of the classifier on real images: what class agreement can reach.
+      num_features: F of the extractor.
       protocol: what the numbers depend on, by name.
     """
 
@@ -82,11 +83,28 @@ class Report:
     scores: list[Score]
     floor: float
     held_out_accuracy: float
+    num_features: int
     protocol: dict[str, Any]
 
     def label(self, num_samples: int) -> str:
         """The name of the distance, with N and the extractor; it is never FID alone."""
         return f"FID-{num_samples} ({self.extractor})"
+
+    def warnings(self) -> list[str]:
+        """What a reader of the numbers must know: one sentence each."""
+        fewest = min(row.num_samples for row in self.scores)
+        sentences = []
+        if fewest < FEW_SAMPLES:
+            sentences.append(
+                f"Fewer than {FEW_SAMPLES:,} samples bias the distance upwards: compare it with the"
+                " same N alone."
+            )
+        if fewest <= self.num_features:
+            sentences.append(
+                f"{fewest} samples give {self.num_features} features a singular covariance: score"
+                f" more than {self.num_features}."
+            )
+        return sentences
 
     def to_json(self) -> str:
         """Indented JSON."""
@@ -102,6 +120,7 @@ class Report:
             "scores": rows,
             f"floor ({self.extractor})": self.floor,
             "held_out_accuracy": self.held_out_accuracy,
+            "warnings": self.warnings(),
             "protocol": self.protocol,
         }
         return json.dumps(document, indent=2) + "\n"
@@ -117,12 +136,7 @@ class Report:
             f"{'real images':>12}  {self.floor:{len(label)}.2f}  {self.held_out_accuracy:>15.1%}"
         )
         lines += [f"{name}: {value}" for name, value in self.protocol.items()]
-        if min(row.num_samples for row in self.scores) < FEW_SAMPLES:
-            lines.append(
-                f"Fewer than {FEW_SAMPLES:,} samples bias the distance upwards: compare it with the"
-                " same N alone."
-            )
-        return "\n".join(lines)
+        return "\n".join(lines + self.warnings())
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the JSON, whole or not at all."""
