@@ -29,15 +29,15 @@ from cfjax.evaluation.report import Report, floor_distance, score
 from cfjax.evaluation.statistics import FeatureStatistics
 from cfjax.sample import (
     define_sampling_flags,
-    generate_with_progress,
     integers,
     labels_of,
     sampling_overrides,
+    stream_with_progress,
 )
 from cfjax.sampler import load
 
-# Name of a row, images uint8 [N, H, W, C], labels [N] or None.
-Samples = tuple[str, np.ndarray, np.ndarray | None]
+# Name of a row, batches of images uint8 [n, H, W, C] with labels [n] or None.
+Samples = tuple[str, Iterator[tuple[np.ndarray, np.ndarray | None]]]
 
 
 def evaluate(
@@ -61,9 +61,9 @@ def evaluate(
     real, _ = classifier.features(all_images(train)[0])
     reference, floor = FeatureStatistics.of(real), floor_distance(real)
     scores = []
-    for name, images, labels in samples:
-        features, classes = classifier.features(images)
-        scores.append(score(name, features, classes, labels, reference))
+    for name, batches in samples:
+        scored = ((*classifier.features(images), labels) for images, labels in batches)
+        scores.append(score(name, scored, reference))
     report = Report(
         extractor=f"{config.data.name}-classifier",
         scores=scores,
@@ -99,8 +99,8 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report:
 
     def samples() -> Iterator[Samples]:
         for num_ar_steps, stream_args in settings.items():
-            images = generate_with_progress(sampler, labels, seed, batch_size, stream_args)
-            yield f"S = {num_ar_steps}", images, labels
+            batches = stream_with_progress(sampler, labels, seed, batch_size, stream_args)
+            yield f"S = {num_ar_steps}", batches
 
     train_step = find(values["checkpoint"], values["train_step"]).name
     chosen, schedule = settings[ar_steps[0]]
@@ -145,7 +145,7 @@ def _of_samples(values: dict[str, Any], out: Path) -> Report:
             f" {config.data.num_classes - 1} of {config.data.name}; leave 'labels' out or mend it."
         )
     program.check_workdir_writable(out)
-    row = (Path(values["samples"]).name, images, labels)
+    row = (Path(values["samples"]).name, iter([(images, labels)]))
     return evaluate(config, sources, iter([row]), out, {"samples": values["samples"]})
 
 

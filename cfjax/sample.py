@@ -6,7 +6,7 @@ alone.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +75,25 @@ def labels_of(classes: Sequence[int], num_samples: int, num_classes: int) -> np.
     return np.resize(cycle, num_samples)
 
 
-def generate_with_progress(
+def stream_with_progress(
     sampler: Sampler, labels: np.ndarray, seed: int, batch_size: int, stream_args: tuple[Any, Any]
-) -> np.ndarray:
-    """All images, uint8 `[N, H, W, C]`, with a bar that shows rate and time left."""
-    batches = []
-    settings = stream_args[0]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields batches of images uint8 `[n, H, W, C]` and their labels; a bar shows rate and ETA.
+
+    `stream_args` are from `Sampler.settings`.
+    """
+    done = 0
     with tqdm(
         total=len(labels),
         unit="image",
-        desc=f"{len(settings.split_sizes)} AR steps",
+        desc=f"{len(stream_args[0].split_sizes)} AR steps",
         disable=jax.process_index() != 0,
         file=sys.stderr,
     ) as bar:
         for images in sampler.stream(labels, *stream_args, seed=seed, batch_size=batch_size):
-            batches.append(images)
             bar.update(len(images))
-    return np.concatenate(batches)
+            yield images, labels[done : done + len(images)]
+            done += len(images)
 
 
 def main(_: Sequence[str]) -> None:
@@ -111,9 +113,10 @@ def main(_: Sequence[str]) -> None:
     folder = out if out.suffix not in (".png", ".npz") else out.parent
     program.check_workdir_writable(folder)
 
-    images = generate_with_progress(
+    batches = stream_with_progress(
         sampler, labels, values["seed"], values["batch_size"], stream_args
     )
+    images = np.concatenate([images for images, _ in batches])
     if jax.process_index() != 0:
         return
     if out.suffix == ".png":

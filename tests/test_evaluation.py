@@ -205,14 +205,16 @@ def test_a_report_names_its_distance_and_its_protocol(tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text()) == document
 
 
-def test_score():
+def test_score_streams():
     x = features(50)
     classes = np.arange(50) % 10
     labels = np.where(np.arange(50) < 20, classes, (classes + 1) % 10)
-    row = score("a", x, classes, labels, FeatureStatistics.of(x))
+    batches = [(x[rows], classes[rows], labels[rows]) for rows in (slice(0, 33), slice(33, 50))]
+    row = score("a", iter(batches), FeatureStatistics.of(x))
     assert (row.num_samples, row.class_agreement) == (50, 0.4)
     assert abs(row.fid) < 1e-6 * np.square(x).mean()
-    assert score("a", x, classes, None, FeatureStatistics.of(x)).class_agreement is None
+    unlabelled = score("a", [(x, classes, None)], FeatureStatistics.of(x))
+    assert unlabelled.class_agreement is None
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cfjax.evaluation.frechet import frechet_distance
 from cfjax.evaluation.statistics import FeatureStatistics
 
 FEW_SAMPLES = 2048
+ScoredBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 _FLOOR_SEED = 0
 
 
@@ -33,25 +35,25 @@ class Score:
     class_agreement: float | None
 
 
-def score(
-    name: str,
-    features: np.ndarray,
-    classes: np.ndarray,
-    labels: np.ndarray | None,
-    reference: FeatureStatistics,
-) -> Score:
-    """Scores samples.
+def score(name: str, batches: Iterable[ScoredBatch], reference: FeatureStatistics) -> Score:
+    """Scores samples as they come; none are kept.
 
     Args:
       name: see `Score`.
-      features: of the samples, `[N, F]`.
-      classes: that the classifier gives them, `[N]`.
-      labels: classes that they were made for, `[N]`, or None.
+      batches: of samples: features `[n, F]`, the classes `[n]` that the classifier gives them, and
+        the labels `[n]` that they were made for, or None.
       reference: statistics of the real images.
     """
-    agreement = None if labels is None else float(np.mean(classes == labels))
-    distance = frechet_distance(FeatureStatistics.of(features), reference)
-    return Score(name, len(features), distance, agreement)
+    statistics = FeatureStatistics.empty(len(reference.mean))
+    num_agreeing = 0
+    is_labelled = True
+    for features, classes, labels in batches:
+        statistics = statistics.update(features)
+        is_labelled = is_labelled and labels is not None
+        if is_labelled:
+            num_agreeing += int(np.sum(classes == labels))
+    agreement = num_agreeing / statistics.count if is_labelled else None
+    return Score(name, statistics.count, frechet_distance(statistics, reference), agreement)
 
 
 def floor_distance(features: np.ndarray) -> float:
