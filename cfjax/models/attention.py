@@ -1,32 +1,58 @@
 """Multi-head attention with query and key norms, over a KV cache and the tokens at hand."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from cfjax.models.layers import dense, layer_norm
 
 HEADS = ("batch", "sequence", "activation_heads", "activation_head_width")
+ATTENDED = "attended"  # what attention returns, for policies that keep it for the backward pass
 
 
 def attend(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array | None
+    queries: jax.Array,
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+    mask: jax.Array | None,
 ) -> jax.Array:
     """Softmax attention; logits and softmax in float32.
 
     Args:
       queries: `[batch, Q, heads, E]`, already scaled.
-      keys, values: `[batch, K, heads, E]`.
+      keys, values: parts `[batch, K_i, heads, E]` of K keys in all, such as a KV cache, which is so
+        read without being copied.
       mask: bool, True where a query may attend, broadcastable to `[batch, Q, K]`, or None for all.
 
     Returns:
-      `[batch, Q, heads, E]` in the dtype of `values`.
+      `[batch, Q, heads, E]` in the dtype of the values.
     """
-    logits = jnp.einsum("bqhe,bkhe->bhqk", queries, keys, preferred_element_type=jnp.float32)
+    # Heads before tokens, as the matrix products want them.
+    queries, keys, values = jax.tree.map(lambda x: x.swapaxes(1, 2), (queries, keys, values))
+    products = [
+        jnp.einsum("bhqe,bhke->bhqk", queries, part, preferred_element_type=jnp.float32)
+        for part in keys
+    ]
+    logits = jnp.concatenate(products, axis=-1)
     if mask is not None:
         logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    return jnp.einsum("bhqk,bkhe->bqhe", weights, values)
+    # Divided by their sum only after the product with the values, which is smaller.
+    largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - largest)
+    total = weights.sum(axis=-1, keepdims=True)
+
+    ends = np.cumsum([part.shape[2] for part in keys])
+    attended = sum(
+        jnp.einsum(
+            "bhqk,bhke->bhqe", w.astype(part.dtype), part, preferred_element_type=jnp.float32
+        )
+        for w, part in zip(jnp.split(weights, ends[:-1], axis=-1), values, strict=True)
+    )
+    return (attended / total).astype(values[0].dtype).swapaxes(1, 2)
 
 
 class Attention(nn.Module):
@@ -65,17 +91,17 @@ class Attention(nn.Module):
         queries, keys, values = (
             nn.with_logical_constraint(heads, HEADS) for heads in (queries, keys, values)
         )
-        all_keys, all_values = keys, values
-        if cached is not None:
-            all_keys = jnp.concatenate([cached[0].astype(keys.dtype), keys], axis=1)
-            all_values = jnp.concatenate([cached[1].astype(values.dtype), values], axis=1)
         if isinstance(mask, tuple):
             n = mask[0].shape[-1]
-            first = attend(queries[:, :n], keys[:, :n], values[:, :n], mask[0])
-            others = attend(queries[:, n:], keys, values, mask[1])
+            first = attend(queries[:, :n], [keys[:, :n]], [values[:, :n]], mask[0])
+            others = attend(queries[:, n:], [keys], [values], mask[1])
             attended = jnp.concatenate([first, others], axis=1)
+        elif cached is not None:
+            cached_keys, cached_values = (part.astype(keys.dtype) for part in cached)
+            attended = attend(queries, [cached_keys, keys], [cached_values, values], mask)
         else:
-            attended = attend(queries, all_keys, all_values, mask)
+            attended = attend(queries, [keys], [values], mask)
+        attended = checkpoint_name(attended, ATTENDED)
         output = dense(
             width, ("heads", "head_width", "width"), axis=(-2, -1), dtype=self.dtype, name="proj"
         )(attended)

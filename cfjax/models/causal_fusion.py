@@ -23,14 +23,17 @@ from cfjax.factorization import (
     generalized_causal_mask,
     mask_terms,
 )
-from cfjax.models.attention import Attention
+from cfjax.models.attention import ATTENDED, Attention
 from cfjax.models.layers import Mlp, TimestepEmbedding, dense, layer_norm, sincos_positions
 from cfjax.sharding import with_logical_axes
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
 }
 POSITION_EMBEDDINGS = ("learned", "sincos")
 
@@ -112,8 +115,8 @@ class CausalFusion(nn.Module):
       mlp_ratio: hidden width of the MLP over D.
       dtype: of the matrix products; parameters, norms and softmax are float32.
       scan_layers: compile one layer and loop, instead of unrolling; the parameters are the same.
-      remat_policy: what the backward pass recomputes: "none", "dots" (all but matrix products) or
-        "full" (all but the layers' inputs).
+      remat_policy: what the backward pass recomputes: "none", "dots" (all but linear maps and what
+        attention returns) or "full" (all but the layers' inputs).
       split_attention: in training, attend from condition and clean tokens to these alone, instead of
         masking the noised keys away: less arithmetic and memory, one more concatenation a layer.
     """
