@@ -277,7 +277,8 @@ class CausalFusion(nn.Module):
     def extend(self, kv_cache: KVCache, embedded: jax.Array) -> KVCache:
         """The cache after pushing embedded clean or condition tokens `[batch, M, D]`.
 
-        Tokens of one push see each other and all that the cache holds.
+        Tokens of one push see each other and all that the cache holds. It needs room for M more: the
+        length may be traced, so that a push past its end is not refused but lands on earlier ones.
         """
         _, (keys, values) = self._decode(kv_cache, embedded)
         write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, None, None))
