@@ -40,7 +40,7 @@ def sampling_flops(
 def main(_: Sequence[str]) -> None:
     """Runs the benchmark."""
     config = flags.FLAGS["config"].value
-    model, mesh = build.model(config), build.mesh(config)
+    model, mesh = build.sampling_model(config), build.mesh(config)
     settings, schedule = build.sampling_settings(config)
     key = jax.random.key(config.seed)
     batch_size = config.train.global_batch_size

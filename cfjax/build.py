@@ -56,6 +56,14 @@ def model(config: ConfigDict) -> CausalFusion:
     )
 
 
+def sampling_model(config: ConfigDict) -> CausalFusion:
+    """The transformer as generation runs it: layers in a loop, which a KV cache makes the faster way.
+
+    The parameters are those of `model`.
+    """
+    return model(config).clone(scan_layers=True)
+
+
 def factorization(config: ConfigDict) -> Factorization:
     """The AR axis in training."""
     return Factorization(**config.factorization)

@@ -37,7 +37,7 @@ def load(directory: str | PathLike, train_step: int | None = None) -> "Sampler":
     """
     config = config_from_json(checkpoints.read_config(directory, train_step))
     try:
-        model = build.model(config)
+        model = build.sampling_model(config)
         build.sampling_settings(config)
     except AttributeError as error:
         raise UserError(

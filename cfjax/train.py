@@ -159,13 +159,14 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 progress.check_finite()  # a state that is not finite is never saved
                 writer.save(state, config_to_json(config), number * batch_size)
             if config.train.sample_every and (is_last or number % config.train.sample_every == 0):
-                log.image(number, "samples", _sample_grid(config, model, state.ema_params))
+                log.image(number, "samples", _sample_grid(config, state.ema_params))
     logging.info("Train step %d of %d is saved in %s.", state.train_step, num_train_steps, workdir)
     return state
 
 
-def _sample_grid(config: ConfigDict, model: CausalFusion, params: Any) -> np.ndarray:
+def _sample_grid(config: ConfigDict, params: Any) -> np.ndarray:
     """uint8 picture of one sample a class, of at most 10 classes."""
+    model = build.sampling_model(config)
     labels = np.arange(min(10, config.data.num_classes))
     settings, schedule = build.sampling_settings(config)
     keys = per_example_keys(stream_key(config.seed, "samples"), jnp.arange(len(labels)))

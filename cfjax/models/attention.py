@@ -84,7 +84,7 @@ class Attention(nn.Module):
             dtype=self.dtype,
             name="qkv",
         )(x)
-        queries, keys, values = (qkv[:, :, i] for i in range(3))
+        queries, keys, values = (part.squeeze(2) for part in jnp.split(qkv, 3, axis=2))
         queries = layer_norm("head_width", dtype=self.dtype, name="q_norm")(queries)
         queries = queries * head_width**-0.5
         keys = layer_norm("head_width", dtype=self.dtype, name="k_norm")(keys)
