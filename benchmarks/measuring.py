@@ -1,4 +1,4 @@
-"""Measuring a program against a large matrix product in the same run, and model FLOPs.
+"""Measuring a program against a large matrix product in the same run.
 
 The two take turns, so that other load on the machine slows both alike; medians are reported, with
 the spread beside them.
@@ -17,8 +17,6 @@ import jax.numpy as jnp
 from absl import flags
 
 from cfjax.config_loading import define_config_flag
-from cfjax.models.causal_fusion import CausalFusion
-from cfjax.models.layers import TIMESTEP_FEATURES
 
 
 def define_flags(rounds: int) -> None:
@@ -29,20 +27,6 @@ def define_flags(rounds: int) -> None:
     flags.DEFINE_integer("matmul_size", 2048, "Rows of the square matrices.", 1)
 
 
-def layer_flops(model: CausalFusion, num_queries: int, num_keys: int) -> int:
-    """Of one layer's forward pass for one example: n_q (24 D^2 + 4 n_k D) for an MLP ratio of 4."""
-    width = model.width
-    dense = (8 + 4 * model.mlp_ratio) * width**2
-    return int(num_queries * (dense + 4 * num_keys * width))
-
-
-def end_flops(model: CausalFusion, num_clean: int, num_noised: int, num_timesteps: int) -> int:
-    """Of embedding and final projection of image tokens, and of timesteps, for one example."""
-    width = model.width
-    tokens = 2 * model.token_width * width * (num_clean + 2 * num_noised)
-    return tokens + num_timesteps * 2 * (TIMESTEP_FEATURES * width + width**2)
-
-
 def matmul_program(size: int, dtype: jnp.dtype) -> tuple[Callable[[], Any], int]:
     """A jitted product of two square matrices on the first device, and its FLOPs."""
     a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
@@ -50,10 +34,10 @@ def matmul_program(size: int, dtype: jnp.dtype) -> tuple[Callable[[], Any], int]
     return lambda: product(a, b), 2 * size**3
 
 
-def compile_seconds(jitted: Any, *arguments: Any) -> tuple[Any, float, float]:
+def compile_seconds(lower: Callable[[], jax.stages.Lowered]) -> tuple[Any, float, float]:
     """`(compiled, seconds to trace and lower, seconds to compile)`."""
     began = time.perf_counter()
-    lowered = jitted.lower(*arguments)
+    lowered = lower()
     traced = time.perf_counter()
     compiled = lowered.compile()
     return compiled, traced - began, time.perf_counter() - traced

@@ -9,7 +9,7 @@ n m (24 D^2 + 4 (k + m) D) and its ends; there is one for each denoising step, o
 step but the last into the KV cache, and one to prefill it; twice as much with guidance.
 """
 
-import itertools
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -17,24 +17,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from benchmarks import measuring
-from cfjax import build, program, sampling, sharding
-from cfjax.models.causal_fusion import CausalFusion
+from cfjax import build, flops, program, sampling, sharding
 from cfjax.rng import per_example_keys
-
-
-def sampling_flops(
-    model: CausalFusion, split_sizes: Sequence[int], num_denoising_steps: int, guided: bool
-) -> int:
-    """Model FLOPs of one image."""
-    condition = model.condition_length
-    total = model.depth * measuring.layer_flops(model, condition, condition)
-    begins = itertools.accumulate(split_sizes, initial=0)
-    for begin, size in zip(begins, split_sizes, strict=False):
-        layers = model.depth * measuring.layer_flops(model, size, condition + begin + size)
-        total += num_denoising_steps * (layers + measuring.end_flops(model, 0, size, 1))
-        if begin + size < model.num_tokens:
-            total += layers + measuring.end_flops(model, size, 0, 0)
-    return total * (2 if guided else 1)
 
 
 def main(_: Sequence[str]) -> None:
@@ -50,7 +34,9 @@ def main(_: Sequence[str]) -> None:
         keys = per_example_keys(key, jnp.arange(batch_size))
         labels, keys = jax.device_put((labels, keys), sharding.batch_sharding(mesh))
         compiled, trace_seconds, compile_seconds = measuring.compile_seconds(
-            sampling.generate, model, params, schedule, settings, labels, keys
+            functools.partial(
+                sampling.generate.lower, model, params, schedule, settings, labels, keys
+            )
         )
         matmul, matmul_flops = measuring.matmul_program(
             flags.FLAGS["matmul_size"].value, model.dtype
@@ -60,10 +46,10 @@ def main(_: Sequence[str]) -> None:
         )
 
     num_denoising_steps = schedule.num_timesteps
-    flops = batch_size * sampling_flops(
+    model_flops = batch_size * flops.sampling_flops(
         model, settings.split_sizes, num_denoising_steps, settings.guidance.is_used
     )
-    rates = measuring.rates(times, flops, matmul_flops)
+    rates = measuring.rates(times, model_flops, matmul_flops)
     measuring.report(
         {
             "benchmark": "sample",
@@ -73,7 +59,7 @@ def main(_: Sequence[str]) -> None:
             "num_ar_steps": len(settings.split_sizes),
             "num_denoising_steps": num_denoising_steps,
             "guidance_scale": settings.guidance.scale,
-            "model_tflop": flops / 1e12,
+            "model_tflop": model_flops / 1e12,
             "images_per_second": batch_size / rates["seconds"],
             "tokens_per_second": batch_size * model.num_tokens / rates["seconds"],
             "seconds_per_denoising_step": rates["seconds"]

@@ -15,54 +15,29 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
 from benchmarks import measuring
 from cfjax import build, program, sharding
-from cfjax.optimizer import make_optimizer
-from cfjax.train import train_step
-
-
-def forward_flops(config: ConfigDict) -> int:
-    """Model FLOPs of the forward pass over a batch."""
-    model, length = build.model(config), build.sequence_length(config)
-    copies = config.diffusion.timesteps_per_ar_step
-    num_noised = copies * model.num_tokens
-    num_clean = length - model.condition_length - num_noised
-    num_timesteps = copies if config.diffusion.timestep_sharing == "example" else num_noised
-    layers = model.depth * measuring.layer_flops(model, length, length)
-    ends = measuring.end_flops(model, num_clean, num_noised, num_timesteps)
-    return config.train.global_batch_size * (layers + ends)
 
 
 def main(_: Sequence[str]) -> None:
     """Runs the benchmark."""
     config = flags.FLAGS["config"].value
-    model, mesh = build.model(config), build.mesh(config)
-    optimizer = make_optimizer(build.optimizer_settings(config))
+    mesh = build.mesh(config)
+    train_program = build.train_program(config, mesh)
+    model = train_program.settings.model
     key = jax.random.key(config.seed)
     with sharding.activate(mesh):
-        state = sharding.born_sharded(build.init_state(model, optimizer), mesh, key)
+        init = build.init_state(model, train_program.settings.optimizer)
+        state = sharding.born_sharded(init, mesh, key)
         batch_size, data = config.train.global_batch_size, config.data
         batch = {
             "image": jax.random.normal(key, (batch_size, data.size, data.size, data.channels)),
             "label": jax.random.randint(key, (batch_size,), 0, data.num_classes),
         }
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        one_train_step = jax.jit(
-            functools.partial(
-                train_step,
-                model=model,
-                objective_=build.objective(config),
-                optimizer=optimizer,
-                patch_size=config.model.patch_size,
-                ema_decay=config.optimizer.ema_decay,
-                seed=config.seed,
-            ),
-            donate_argnums=0,
-        )
         compiled, trace_seconds, compile_seconds = measuring.compile_seconds(
-            one_train_step, state, batch
+            functools.partial(train_program.lower, train_program.clean_lengths[-1])
         )
 
         def run_train_step():
@@ -76,8 +51,8 @@ def main(_: Sequence[str]) -> None:
         times = measuring.timed_rounds(run_train_step, matmul, flags.FLAGS["rounds"].value)
 
     sequence_length = build.sequence_length(config)
-    flops = 3 * forward_flops(config)
-    rates = measuring.rates(times, flops, matmul_flops)
+    model_flops = 3 * build.training_forward_flops(config)
+    rates = measuring.rates(times, model_flops, matmul_flops)
     measuring.report(
         {
             "benchmark": "train_step",
@@ -85,7 +60,7 @@ def main(_: Sequence[str]) -> None:
             "dtype": config.model.dtype,
             "remat_policy": config.model.remat_policy,
             "sequence_length": sequence_length,
-            "model_tflop": flops / 1e12,
+            "model_tflop": model_flops / 1e12,
             "train_steps_per_second": 1 / rates["seconds"],
             "tokens_per_second": batch_size * sequence_length / rates["seconds"],
             **rates,

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cfjax import sharding, train_state
+from cfjax import clean_lengths, flops, sharding, train_state
 from cfjax.data.sources import Source, open_source
 from cfjax.diffusion.schedule import NoiseSchedule, make_noise_schedule, respace
 from cfjax.diffusion.solvers import Solver
@@ -22,8 +22,10 @@ from cfjax.factorization import (
 )
 from cfjax.models.causal_fusion import CausalFusion
 from cfjax.objective import Objective
-from cfjax.optimizer import OptimizerSettings
+from cfjax.optimizer import OptimizerSettings, make_optimizer
+from cfjax.rng import stream_key
 from cfjax.sampling import Guidance, SamplingSettings
+from cfjax.train_step import TrainProgram, TrainStepSettings
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -32,6 +34,7 @@ def model(config: ConfigDict) -> CausalFusion:
     """The transformer for the images of `config.data`."""
     model, data = config.model, config.data
     check_choice("dtype", model.dtype, DTYPES)
+    check_choice("gradient dtype", model.gradient_dtype, DTYPES)
     if data.size % model.patch_size:
         raise UserError(
             f"model.patch_size {model.patch_size} does not divide data.size {data.size}; choose a"
@@ -50,6 +53,7 @@ def model(config: ConfigDict) -> CausalFusion:
         position_embedding=model.position_embedding,
         mlp_ratio=model.mlp_ratio,
         dtype=DTYPES[model.dtype],
+        gradient_dtype=DTYPES[model.gradient_dtype],
         scan_layers=model.scan_layers,
         remat_policy=model.remat_policy,
         split_attention=model.split_attention,
@@ -156,6 +160,76 @@ def init_state(
     return lambda key: train_state.create(init(key), optimizer)
 
 
+def train_program(config: ConfigDict, mesh: Mesh) -> TrainProgram:
+    """The train steps of a run over the devices of `mesh`.
+
+    Raises:
+      UserError: microbatches or buckets that can't be had, or a compiler option without a value.
+    """
+    transformer, optimizer = model(config), make_optimizer(optimizer_settings(config))
+    settings = TrainStepSettings(
+        model=transformer,
+        objective=objective(config),
+        optimizer=optimizer,
+        patch_size=config.model.patch_size,
+        ema_decay=config.optimizer.ema_decay,
+        seed=config.seed,
+        num_microbatches=config.train.num_microbatches,
+    )
+    batch_size, data = config.train.global_batch_size, config.data
+    sharding.check_microbatches_divide(batch_size, settings.num_microbatches, mesh)
+    images = (batch_size, data.size, data.size, data.channels)
+    rows = sharding.batch_sharding(mesh)
+    return TrainProgram(
+        settings=settings,
+        mesh=mesh,
+        abstract_state=sharding.abstract_sharded(
+            init_state(transformer, optimizer), mesh, stream_key(config.seed, "init")
+        ),
+        abstract_batch={
+            "image": jax.ShapeDtypeStruct(images, jnp.float32, sharding=rows),
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+        },
+        clean_lengths=clean_length_buckets(config),
+        compiler_options=compiler_options(config, mesh),
+    )
+
+
+def clean_length_buckets(config: ConfigDict) -> tuple[int, ...]:
+    """The numbers of clean tokens, ascending, for which a run compiles a train step.
+
+    Raises:
+      UserError: `train.clean_length_buckets` is below 1, or above it with a split per example.
+    """
+    factorization_, num_buckets = factorization(config), config.train.clean_length_buckets
+    clean_lengths.check_num_buckets(factorization_, num_buckets)
+    transformer = model(config)
+    others = sequence_length(config, 0)
+
+    def cost(num_clean):
+        return flops.layer_flops(transformer, others + num_clean, others + num_clean)
+
+    probabilities = clean_lengths.clean_length_probabilities(factorization_, transformer.num_tokens)
+    return clean_lengths.bucket_lengths(probabilities, num_buckets, cost)
+
+
+def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, str]:
+    """`train.tpu_compiler_options` by name, for a mesh of TPUs; none for other devices.
+
+    Raises:
+      UserError: an option is not of the form NAME=VALUE.
+    """
+    options = {}
+    for option in config.train.tpu_compiler_options:
+        name, equals, value = option.partition("=")
+        if not (name and equals and value):
+            raise UserError(
+                f"train.tpu_compiler_options has {option!r}, which is not of the form NAME=VALUE."
+            )
+        options[name] = value
+    return options if mesh.devices.flat[0].platform == "tpu" else {}
+
+
 def source(config: ConfigDict, split: str) -> Source:
     """The images of `config.data`: split "train" or "held_out"."""
     return open_source(
@@ -205,9 +279,24 @@ def sampling_settings(
     return settings, respace(noise_schedule(config), sampling.denoising_steps)
 
 
-def sequence_length(config: ConfigDict) -> int:
-    """T, the tokens of one training sequence: condition, clean and noised."""
+def sequence_length(config: ConfigDict, num_clean: int | None = None) -> int:
+    """T, the tokens of one training sequence: condition, clean (by default the most), noised."""
     transformer = model(config)
-    clean = max_clean_tokens(factorization(config), transformer.num_tokens)
+    clean = num_clean
+    if clean is None:
+        clean = max_clean_tokens(factorization(config), transformer.num_tokens)
     noised = config.diffusion.timesteps_per_ar_step * transformer.num_tokens
     return transformer.condition_length + clean + noised
+
+
+def training_forward_flops(config: ConfigDict, num_clean: int | None = None) -> int:
+    """Model FLOPs of the forward pass over a global batch, by default with the most clean tokens."""
+    transformer, diffusion = model(config), config.diffusion
+    if num_clean is None:
+        num_clean = max_clean_tokens(factorization(config), transformer.num_tokens)
+    copies = diffusion.timesteps_per_ar_step
+    is_shared = diffusion.timestep_sharing == "example"
+    num_timesteps = copies if is_shared else copies * transformer.num_tokens
+    return config.train.global_batch_size * flops.training_forward_flops(
+        transformer, num_clean, copies, num_timesteps
+    )

@@ -93,10 +93,10 @@ def sample_plan(
     num_tokens = grid[0] * grid[1]
     batch = order_keys.shape[0]
     if factorization.split_per_example:
-        draw = jax.vmap(lambda key: _sample_ar_step_ids(factorization, key, num_tokens))
+        draw = jax.vmap(lambda key: sample_split(factorization, key, num_tokens))
         ar_step_ids = draw(split_key)
     else:
-        ids = _sample_ar_step_ids(factorization, split_key, num_tokens)
+        ids = sample_split(factorization, split_key, num_tokens)
         ar_step_ids = jnp.broadcast_to(ids, (batch, num_tokens))
     order = token_order(
         factorization.token_order,
@@ -108,7 +108,8 @@ def sample_plan(
     return FactorizationPlan(order, ar_step_ids)
 
 
-def _sample_ar_step_ids(factorization: Factorization, key: jax.Array, num_tokens: int) -> jax.Array:
+def sample_split(factorization: Factorization, key: jax.Array, num_tokens: int) -> jax.Array:
+    """Draws one split by the factorization's mode: AR-step ids int32 `[L]`."""
     if factorization.mode == "diffusion":
         return jnp.zeros(num_tokens, jnp.int32)
     if factorization.mode == "ar":

@@ -151,7 +151,12 @@ class LossOutput(NamedTuple):
 
 
 def loss(
-    objective: Objective, model: CausalFusion, params: Any, tokens: jax.Array, drawn: Corruption
+    objective: Objective,
+    model: CausalFusion,
+    params: Any,
+    tokens: jax.Array,
+    drawn: Corruption,
+    num_clean: int | None = None,
 ) -> LossOutput:
     """The loss of a batch under a given corruption.
 
@@ -164,12 +169,15 @@ def loss(
       params: its parameters.
       tokens: patchified images `[batch, L, token_width]` in grid order.
       drawn: from `corrupt`.
+      num_clean: clean tokens in the sequence (static); the loss is the same for all numbers that
+        cover the AR steps before the last. By default what suffices for every split.
     """
     schedule, plan, t = objective.schedule, drawn.plan, drawn.t
     x_start = jnp.take_along_axis(tokens, plan.token_order[..., None], axis=1)
     x_t = add_noise(schedule, x_start[:, None], drawn.noise, t)
 
-    num_clean = max_clean_tokens(objective.factorization, model.num_tokens)
+    if num_clean is None:
+        num_clean = max_clean_tokens(objective.factorization, model.num_tokens)
     prediction = model.apply(
         {"params": params}, drawn.labels, x_start[:, :num_clean], x_t, t, *plan
     )

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import meta
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cfjax.errors import UserError
@@ -29,6 +30,7 @@ LOGICAL_AXIS_RULES = (
     ("heads", "tensor"),  # H
     ("head_width", None),
     ("classes", None),  # rows of the label table
+    ("condition_width", BATCH_AXES),  # its columns: n condition tokens of width D
     ("condition", None),  # condition tokens
     ("tokens", None),  # L, position of an image token
     ("token_width", None),  # values of one image token
@@ -48,6 +50,9 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes `data`, `fsdp` and `tensor` over all devices of all processes.
 
+    On several TPU slices `data` goes across them: what it communicates, gradients, suits the slower
+    network between slices.
+
     Args:
       data: copies of the parameters; each takes its part of the batch.
       fsdp: parts into which parameters, EMA and optimizer state are split; the batch is split too.
@@ -57,7 +62,8 @@ def make_mesh(
     One of the sizes may be -1: it takes what the others leave.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or a slice would hold a part of
+        a copy.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -72,7 +78,19 @@ def make_mesh(
         )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes)
     # Logical constraints fail under the explicit axes that newer jax makes by default.
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    axis_types = (AxisType.Auto,) * 3
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+    if shape[0] % num_slices:
+        raise UserError(
+            f"mesh data={shape[0]} does not divide over {num_slices} slices; use a multiple of"
+            f" {num_slices}, so that each slice holds whole copies."
+        )
+    within = (shape[0] // num_slices, *shape[1:])
+    across = (num_slices, 1, 1)
+    arranged = mesh_utils.create_hybrid_device_mesh(within, across, devices=devices)
+    return Mesh(arranged, MESH_AXES, axis_types=axis_types)
 
 
 @contextlib.contextmanager
@@ -91,6 +109,22 @@ def with_logical_axes(
     mesh is active in layers that initialize in another shape (`nn.DenseGeneral`).
     """
     return nn.with_logical_partitioning(init_fn, names, rules=())
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Splits the first dimensions of `x` by their logical names, the others not at all.
+
+    A dimension that the active mesh does not divide is left whole; outside `activate` nothing
+    happens.
+    """
+    if not nn.get_logical_axis_rules():
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = [
+        _mesh_axes(name) if size % _num_parts(name, mesh) == 0 else None
+        for name, size in zip(names, x.shape, strict=False)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def _mesh_axes(name: str | None) -> tuple[str, ...]:
@@ -253,6 +287,20 @@ def check_batch_divides(
                 f" the same examples; use a divisor of the {jax.local_device_count()} devices of"
                 " one process."
             )
+
+
+def check_microbatches_divide(global_batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
+    """Refuses microbatches that cannot be split evenly over the devices.
+
+    Raises:
+      UserError: there are none, or they don't divide the batch of a device.
+    """
+    of_device = global_batch_size // _num_parts("batch", mesh)
+    if num_microbatches < 1 or of_device % num_microbatches:
+        raise UserError(
+            f"train.num_microbatches is {num_microbatches}, but must divide the {of_device} examples"
+            " of a device."
+        )
 
 
 def check_axes_divide(mesh: Mesh, **sizes: int) -> None:

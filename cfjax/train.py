@@ -4,65 +4,30 @@ The same command resumes; after a kill the run ends with the very bits it would 
 workdir holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags, logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from cfjax import build, checkpoints, objective, program, sharding, train_state
+from cfjax import build, checkpoints, clean_lengths, program, sharding
 from cfjax.config_loading import changed_keys, config_to_json, define_config_flag
 from cfjax.data.images import to_uint8
 from cfjax.data.loader import TrainLoader
 from cfjax.metric_log import MetricLog
-from cfjax.models.causal_fusion import CausalFusion
-from cfjax.models.patches import patchify, unpatchify
-from cfjax.optimizer import learning_rate_schedule, make_optimizer
+from cfjax.models.patches import unpatchify
+from cfjax.optimizer import learning_rate_schedule
 from cfjax.rng import per_example_keys, stream_key
 from cfjax.sampling import generate
-from cfjax.train_progress import Totals, TrainProgress
+from cfjax.train_progress import TrainProgress
 from cfjax.train_state import TrainState
+from cfjax.train_step import TrainProgram
 from cfjax.visualization import image_grid
-
-
-def train_step(
-    state: TrainState,
-    batch: Mapping[str, jax.Array],
-    *,
-    model: CausalFusion,
-    objective_: objective.Objective,
-    optimizer: optax.GradientTransformation,
-    patch_size: int,
-    ema_decay: float,
-    seed: int,
-) -> tuple[TrainState, Totals]:
-    """One train step, pure.
-
-    Args:
-      state: before the train step.
-      batch: "image" float32 `[batch, H, W, C]` in [-1, 1] and "label" int32 `[batch]`.
-      model, objective_, optimizer, patch_size, ema_decay, seed: fixed for the run.
-
-    Returns:
-      The state after it and metrics as `(sum, count)` by name.
-    """
-    tokens = patchify(batch["image"], patch_size)
-    drawn = objective.corrupt(objective_, model, batch["label"], seed, state.train_step)
-
-    def loss_fn(params):
-        output = objective.loss(objective_, model, params, tokens, drawn)
-        return output.loss, output.squared_error
-
-    (loss, squared_error), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state = train_state.apply_gradients(state, grads, optimizer, ema_decay)
-    totals = objective.loss_breakdown(objective_, drawn, squared_error)
-    totals |= {"loss": (loss, 1.0), "gradient_norm": (optax.tree.norm(grads), 1.0)}
-    return state, totals
 
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
@@ -81,20 +46,17 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     build.check_counts(config)
     mesh = build.mesh(config)
     settings = build.optimizer_settings(config)
-    optimizer = make_optimizer(settings)
-    model = build.model(config)
-    objective_ = build.objective(config)
-    num_sequence_tokens = build.sequence_length(config)
+    train_program = build.train_program(config, mesh)
+    abstract_state = train_program.abstract_state
     build.sampling_settings(config)  # refused now rather than after training
-    init = build.init_state(model, optimizer)
-    init_key = stream_key(config.seed, "init")
-    abstract_state = sharding.abstract_sharded(init, mesh, init_key)
     source = build.source(config, "train")
     program.check_workdir_writable(workdir)
 
     latest = checkpoints.latest_train_step(workdir)
     if latest is None:
-        state, examples_seen = sharding.born_sharded(init, mesh, init_key), 0
+        init = build.init_state(train_program.settings.model, train_program.settings.optimizer)
+        state = sharding.born_sharded(init, mesh, stream_key(config.seed, "init"))
+        examples_seen = 0
     else:
         state, examples_seen = checkpoints.restore_state(workdir, abstract_state, latest)
         for change in changed_keys(checkpoints.read_config(workdir, latest), config):
@@ -106,31 +68,22 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         "%d training images; a batch of %d, %d tokens a sequence; mesh %s of %s; %s.",
         len(source),
         config.train.global_batch_size,
-        num_sequence_tokens,
+        build.sequence_length(config),
         ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         mesh.devices.flat[0].device_kind,
         "from scratch" if latest is None else f"resuming after train step {latest}",
     )
 
     batch_size, num_train_steps = config.train.global_batch_size, config.train.num_train_steps
-    one_train_step = jax.jit(
-        lambda state, batch: train_step(
-            state,
-            batch,
-            model=model,
-            objective_=objective_,
-            optimizer=optimizer,
-            patch_size=config.model.patch_size,
-            ema_decay=config.optimizer.ema_decay,
-            seed=config.seed,
-        ),
-        donate_argnums=0,
-        out_shardings=(
-            jax.tree.map(lambda leaf: leaf.sharding, abstract_state),
-            sharding.replicated(mesh),
-        ),
-    )
     first = int(state.train_step)
+    train_steps = _compiled(train_program) if first < num_train_steps else {}
+    lengths = clean_lengths.clean_lengths(
+        train_program.settings.objective.factorization,
+        train_program.settings.model.num_tokens,
+        train_program.clean_lengths,
+        config.seed,
+        first,
+    )
     loader = TrainLoader(
         source,
         seed=config.seed,
@@ -152,7 +105,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         )
         for number in range(first + 1, num_train_steps + 1):
             batch = sharding.assemble_global_batch(next(loader), mesh)
-            state, totals = one_train_step(state, batch)
+            state, totals = train_steps[next(lengths)](state, batch)
             progress.add(number, totals)
             is_last = number == num_train_steps
             if is_last or number % config.train.checkpoint_every == 0:
@@ -162,6 +115,20 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
                 log.image(number, "samples", _sample_grid(config, state.ema_params))
     logging.info("Train step %d of %d is saved in %s.", state.train_step, num_train_steps, workdir)
     return state
+
+
+def _compiled(train_program: TrainProgram) -> dict[int, jax.stages.Compiled]:
+    """The train step for each number of clean tokens."""
+    compiled = {}
+    for num_clean in train_program.clean_lengths:
+        began = time.monotonic()
+        compiled[num_clean] = train_program.compile(num_clean)
+        logging.info(
+            "Compiled the train step with %d clean tokens in %.0f s.",
+            num_clean,
+            time.monotonic() - began,
+        )
+    return compiled
 
 
 def _sample_grid(config: ConfigDict, params: Any) -> np.ndarray:

@@ -10,9 +10,7 @@ from absl import logging
 
 from cfjax.errors import UserError
 from cfjax.metric_log import MetricLog
-
-# Sum and count of each metric of a train step.
-Totals = dict[str, tuple[jax.Array, jax.Array]]
+from cfjax.train_step import Totals
 
 
 class TrainProgress:

@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.model.condition_repeats = 1  # how often those are repeated (paper Table 8)
     config.model.position_embedding = "learned"  # or "sincos" (frozen)
     config.model.dtype = "bfloat16"  # of matrix products; all else is float32
+    config.model.gradient_dtype = "float32"  # in which devices add up the weights' gradients
     config.model.remat_policy = "dots"  # what the backward pass recomputes: "none", "dots", "full"
     config.model.split_attention = False  # context rows leave out noised keys: faster on CPUs
     config.model.scan_layers = True  # compile one layer and loop over it
@@ -72,6 +73,9 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.global_batch_size = 2048  # examples over all devices
+    config.train.num_microbatches = 1  # parts of a batch taken one after the other, for memory
+    config.train.clean_length_buckets = 1  # programs for splits that need fewer clean tokens
+    config.train.tpu_compiler_options = ()  # of XLA for TPUs: "NAME=VALUE", ...
     config.train.num_train_steps = 500_000  # 800 epochs of ImageNet
     config.train.log_every = 100  # train steps between lines of the metric log
     config.train.checkpoint_every = 5_000  # train steps between checkpoints

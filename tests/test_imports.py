@@ -13,10 +13,13 @@ REPOSITORY = Path(__file__).parent.parent
 GROUND = "ground floor"
 ROOMS = {
     GROUND: (
-        ["errors", "rng", "sharding", "factorization", "diffusion", "checkpoint_folders"],
+        [
+            *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
+            "checkpoint_folders",
+        ],
         [],
     ),
-    "models": (["models"], [GROUND]),
+    "models": (["models", "flops"], [GROUND]),
     "objective": (["objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
@@ -27,9 +30,16 @@ ROOMS = {
     "evaluation": (["evaluation"], [GROUND, "models", "data"]),
     "pictures": (["visualization"], [GROUND]),
     "config": (["config_loading", "program"], [GROUND]),
+    "train step": (
+        ["train_step"],
+        [GROUND, "models", "objective", "storage"],
+    ),
     "build": (
         ["build"],
-        [GROUND, "models", "objective", "optimizer", "sampling", "storage", "data"],
+        [
+            *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
+            "data",
+        ],
     ),
     "sampler": (
         ["sampler"],
@@ -39,7 +49,8 @@ ROOMS = {
     "programs": (
         ["train", "train_progress", "sample", "evaluate", "draw"],
         [
-            *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "metric log"),
+            *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
+            "metric log",
             *("data", "evaluation", "pictures", "config", "build", "sampler", "package"),
         ],
     ),
@@ -53,7 +64,7 @@ LIBRARIES = {
     "absl": None,
     "tqdm": None,
     "flax": ["sharding", "train_state", "models", "convert", "evaluation"],
-    "optax": ["optimizer", "train_state", "build", "evaluation", *PROGRAMS],
+    "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
     "etils": ["checkpoint_folders", "checkpoints"],
     "orbax": ["checkpoints"],
     "ml_collections": ["config_loading", "build", "sampler", *PROGRAMS],

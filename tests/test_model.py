@@ -261,7 +261,7 @@ def test_bfloat16_is_close_to_float32():
 def test_repeated_condition_tokens():
     repeated = SMALL.clone(condition_repeats=3)
     params = random_params(repeated)["params"]
-    assert params["label_table"].shape == (4, 2, 16)
+    assert params["label_table"].shape == (4, 2 * 16)
     assert params["condition_positions"].shape == (6, 16)
     inputs = random_inputs(SMALL, PLANS["irregular"])
     table = params["label_table"]

@@ -134,7 +134,7 @@ def _published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if name in (POSITION_TABLE, "cond_pos_embed"):
         return (1, *shape)
     if name == "y_embedder.embedding_table.weight":
-        return (shape[0], shape[1] * shape[2])
+        return shape
     if name.endswith("qkv.weight"):
         return (shape[1] * shape[2] * shape[3], shape[0])
     if name.endswith("attn.proj.weight"):

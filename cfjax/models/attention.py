@@ -67,6 +67,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype
+    gradient_dtype: jnp.dtype
 
     @nn.compact
     def __call__(
@@ -77,11 +78,12 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         width = x.shape[-1]
         head_width = width // self.num_heads
+        dtypes = {"dtype": self.dtype, "gradient_dtype": self.gradient_dtype}
         qkv = dense(
             (3, self.num_heads, head_width),
             ("width", "qkv", "heads", "head_width"),
             use_bias=False,
-            dtype=self.dtype,
+            **dtypes,
             name="qkv",
         )(x)
         queries, keys, values = (part.squeeze(2) for part in jnp.split(qkv, 3, axis=2))
@@ -103,6 +105,6 @@ class Attention(nn.Module):
             attended = attend(queries, [keys], [values], mask)
         attended = checkpoint_name(attended, ATTENDED)
         output = dense(
-            width, ("heads", "head_width", "width"), axis=(-2, -1), dtype=self.dtype, name="proj"
+            width, ("heads", "head_width", "width"), axis=(-2, -1), **dtypes, name="proj"
         )(attended)
         return output, keys, values

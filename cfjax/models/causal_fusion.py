@@ -25,7 +25,7 @@ from cfjax.factorization import (
 )
 from cfjax.models.attention import ATTENDED, Attention
 from cfjax.models.layers import Mlp, TimestepEmbedding, dense, layer_norm, sincos_positions
-from cfjax.sharding import with_logical_axes
+from cfjax.sharding import constrain, with_logical_axes
 
 REMAT_POLICIES = {
     "none": None,
@@ -70,6 +70,7 @@ class Block(nn.Module):
     num_heads: int
     mlp_ratio: float
     dtype: Any
+    gradient_dtype: Any
     split_attention: bool
 
     @nn.compact
@@ -92,11 +93,12 @@ class Block(nn.Module):
             else:
                 mask = generalized_causal_mask(every, every)
         normed = layer_norm("width", dtype=self.dtype, name="norm1")(x)
-        attention = Attention(self.num_heads, self.dtype, name="attn")
+        attention = Attention(self.num_heads, self.dtype, self.gradient_dtype, name="attn")
         attended, keys, values = attention(normed, cached, mask)
         x = nn.with_logical_constraint(x + attended, ("batch", "sequence", "activation_width"))
         normed = layer_norm("width", dtype=self.dtype, name="norm2")(x)
-        x = x + Mlp(int(self.mlp_ratio * width), self.dtype, name="mlp")(normed)
+        hidden_width = int(self.mlp_ratio * width)
+        x = x + Mlp(hidden_width, self.dtype, self.gradient_dtype, name="mlp")(normed)
         x = nn.with_logical_constraint(x, ("batch", "sequence", "activation_width"))
         return x, None if cached is None else (keys, values)
 
@@ -114,6 +116,7 @@ class CausalFusion(nn.Module):
       position_embedding: "learned" (starts at sin-cos) or "sincos" (frozen), of the image tokens.
       mlp_ratio: hidden width of the MLP over D.
       dtype: of the matrix products; parameters, norms and softmax are float32.
+      gradient_dtype: in which the weights' gradients are summed, over examples and devices.
       scan_layers: compile one layer and loop, instead of unrolling; the parameters are the same.
       remat_policy: what the backward pass recomputes: "none", "dots" (all but linear maps and what
         attention returns) or "full" (all but the layers' inputs).
@@ -132,6 +135,7 @@ class CausalFusion(nn.Module):
     position_embedding: str = "learned"
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
+    gradient_dtype: Any = jnp.float32
     scan_layers: bool = True
     remat_policy: str = "none"
     split_attention: bool = False
@@ -161,8 +165,8 @@ class CausalFusion(nn.Module):
         normal = nn.initializers.normal(0.02)
         self.label_table = self.param(
             "label_table",
-            with_logical_axes(normal, ("classes", "condition", "width")),
-            (self.num_classes + 1, self.num_condition_tokens, self.width),
+            with_logical_axes(normal, ("classes", "condition_width")),
+            (self.num_classes + 1, self.num_condition_tokens * self.width),
         )
         self.condition_positions = self.param(
             "condition_positions",
@@ -177,15 +181,16 @@ class CausalFusion(nn.Module):
             )
         else:
             self.token_positions = sincos
-        self.token_embedding = dense(self.width, ("token_width", "width"), dtype=self.dtype)
-        self.timestep_embedding = TimestepEmbedding(self.width, self.dtype)
+        dtypes = {"dtype": self.dtype, "gradient_dtype": self.gradient_dtype}
+        self.token_embedding = dense(self.width, ("token_width", "width"), **dtypes)
+        self.timestep_embedding = TimestepEmbedding(self.width, **dtypes)
         self.blocks = self._make_blocks()
         self.final_norm = layer_norm("width", dtype=self.dtype)
         self.final_projection = dense(
             self.token_width,
             ("width", "token_width"),
             kernel_init=nn.initializers.zeros_init(),
-            dtype=self.dtype,
+            **dtypes,
         )
 
     def _make_blocks(self) -> nn.Module:
@@ -202,7 +207,9 @@ class CausalFusion(nn.Module):
             unroll=1 if self.scan_layers else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(self.num_heads, self.mlp_ratio, self.dtype, self.split_attention)
+        return scanned(
+            self.num_heads, self.mlp_ratio, self.dtype, self.gradient_dtype, self.split_attention
+        )
 
     def __call__(
         self,
@@ -259,8 +266,15 @@ class CausalFusion(nn.Module):
 
     def condition_tokens(self, labels: jax.Array) -> jax.Array:
         """Labels int `[batch]` to condition tokens `[batch, condition_length, D]`."""
-        tokens = jnp.tile(self.label_table[labels], (1, self.condition_repeats, 1))
-        return (tokens + self.condition_positions[None]).astype(self.dtype)
+        # Every device looks up all labels in its columns of the table, then rows go to where their
+        # examples live. So the table's gradient is complete where it is made: it would otherwise be
+        # summed over all devices, in full size.
+        labels = constrain(labels, (None,))
+        rows = constrain(self.label_table[labels], (None, "condition_width"))
+        rows = constrain(rows.astype(self.dtype), ("batch", None))
+        tokens = rows.reshape(-1, self.num_condition_tokens, self.width)
+        tokens = jnp.tile(tokens, (1, self.condition_repeats, 1))
+        return tokens + self.condition_positions[None].astype(self.dtype)
 
     def clean_image_tokens(self, tokens: jax.Array, grid_indices: jax.Array) -> jax.Array:
         """Embeds clean tokens `[batch, M, token_width]` at grid indices `[batch, M]`: `[.., D]`."""

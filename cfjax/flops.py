@@ -1,0 +1,78 @@
+"""FLOPs of the transformer: those its formulas ask for, and those that a traced program holds.
+
+A product of [a, b] and [b, c] counts 2 a b c; norms, softmax and other pointwise work count nothing.
+"""
+
+import math
+from typing import Any
+
+from jax.extend.core import jaxprs_in_params
+
+from cfjax.models.causal_fusion import CausalFusion
+from cfjax.models.layers import TIMESTEP_FEATURES
+
+
+def layer_flops(model: CausalFusion, num_queries: int, num_keys: int) -> int:
+    """Of one layer's forward pass for one example: n_q (24 D^2 + 4 n_k D) for an MLP ratio of 4."""
+    width = model.width
+    dense = (8 + 4 * model.mlp_ratio) * width**2
+    return int(num_queries * (dense + 4 * num_keys * width))
+
+
+def end_flops(model: CausalFusion, num_clean: int, num_noised: int, num_timesteps: int) -> int:
+    """Of embedding and final projection of image tokens, and of timesteps, for one example."""
+    width = model.width
+    tokens = 2 * model.token_width * width * (num_clean + 2 * num_noised)
+    return tokens + num_timesteps * 2 * (TIMESTEP_FEATURES * width + width**2)
+
+
+def training_forward_flops(
+    model: CausalFusion, num_clean: int, num_copies: int, num_timesteps: int
+) -> int:
+    """Of the forward pass over one training sequence; a train step takes three times as many.
+
+    Args:
+      model: the transformer.
+      num_clean: clean tokens in the sequence.
+      num_copies: noised copies of the image.
+      num_timesteps: timesteps that are embedded.
+    """
+    num_noised = num_copies * model.num_tokens
+    length = model.condition_length + num_clean + num_noised
+    layers = model.depth * layer_flops(model, length, length)
+    return layers + end_flops(model, num_clean, num_noised, num_timesteps)
+
+
+def sampling_flops(
+    model: CausalFusion, split_sizes: tuple[int, ...], num_denoising_steps: int, guided: bool
+) -> int:
+    """Of one image: each AR step's denoising, and pushing its clean tokens into the KV cache."""
+    condition = model.condition_length
+    total = model.depth * layer_flops(model, condition, condition)
+    begin = 0
+    for size in split_sizes:
+        layers = model.depth * layer_flops(model, size, condition + begin + size)
+        total += num_denoising_steps * (layers + end_flops(model, 0, size, 1))
+        begin += size
+        if begin < model.num_tokens:
+            total += layers + end_flops(model, size, 0, 0)
+    return total * (2 if guided else 1)
+
+
+def counted_flops(jaxpr: Any) -> int:
+    """Of all matrix products in a jaxpr, those in the body of a scan as often as it runs.
+
+    A branch of `cond` counts as if it were taken; kernels that are not made of jax operations count
+    nothing.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = math.prod(shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner_jaxpr in jaxprs_in_params(equation.params):
+            total += times * counted_flops(inner_jaxpr)
+    return total

@@ -1,0 +1,171 @@
+"""The train step as a pure function, and as the programs that a run compiles."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from cfjax import objective, train_state
+from cfjax.errors import UserError
+from cfjax.models.causal_fusion import CausalFusion
+from cfjax.models.patches import patchify
+from cfjax.objective import Objective
+from cfjax.sharding import activate, constrain, replicated
+from cfjax.train_state import TrainState
+
+# Sum and count of each metric of a train step.
+Totals = dict[str, tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStepSettings:
+    """What is fixed for a run; `train_step` reads every field.
+
+    Attributes:
+      model: the transformer.
+      objective: what it is trained for.
+      optimizer: of its parameters.
+      patch_size: p; a token is p x p pixels.
+      ema_decay: of the averaged parameters.
+      seed: of all that is drawn.
+      num_microbatches: parts of the batch whose gradients are computed one after the other.
+    """
+
+    model: CausalFusion
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    patch_size: int
+    ema_decay: float
+    seed: int
+    num_microbatches: int = 1
+
+
+def train_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    settings: TrainStepSettings,
+    num_clean: int | None = None,
+) -> tuple[TrainState, Totals]:
+    """One train step, pure.
+
+    Args:
+      state: before the train step.
+      batch: "image" float32 `[batch, H, W, C]` in [-1, 1] and "label" int32 `[batch]`.
+      settings: static.
+      num_clean: clean tokens of the sequence (static), at least those before the last AR step; by
+        default what suffices for every split.
+
+    Returns:
+      The state after it and metrics as `(sum, count)` by name.
+    """
+    tokens = patchify(batch["image"], settings.patch_size)
+    drawn = objective.corrupt(
+        settings.objective, settings.model, batch["label"], settings.seed, state.train_step
+    )
+
+    def loss_fn(params, tokens, drawn):
+        output = objective.loss(
+            settings.objective, settings.model, params, tokens, drawn, num_clean
+        )
+        breakdown = objective.loss_breakdown(settings.objective, drawn, output.squared_error)
+        return output.loss, breakdown
+
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if settings.num_microbatches == 1:
+        (loss, totals), grads = value_and_grad(state.params, tokens, drawn)
+    else:
+        (loss, totals), grads = _accumulated(
+            value_and_grad, state.params, tokens, drawn, settings.num_microbatches
+        )
+    state = train_state.apply_gradients(state, grads, settings.optimizer, settings.ema_decay)
+    totals |= {"loss": (loss, 1.0), "gradient_norm": (optax.tree.norm(grads), 1.0)}
+    return state, totals
+
+
+def _accumulated(
+    value_and_grad: Any, params: Any, tokens: jax.Array, drawn: Any, num_microbatches: int
+) -> Any:
+    """What `value_and_grad` gives for the whole batch, with the activations of one part at a time.
+
+    The loss is a mean over examples, so the parts' losses and gradients are averaged; totals add up.
+    """
+
+    def split(x):
+        # Every n-th example, so that each device keeps its own.
+        parts = x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:])
+        return constrain(parts.swapaxes(0, 1), (None, "batch"))
+
+    parts = jax.tree.map(split, (tokens, drawn))
+    share = 1 / num_microbatches
+
+    def add(total, part):
+        (loss, totals), grads = value_and_grad(params, *part)
+        scaled = ((share * loss, totals), jax.tree.map(lambda grad: share * grad, grads))
+        return jax.tree.map(jnp.add, total, scaled), None
+
+    shapes = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda part: part[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """The train steps that a run compiles, one for each number of clean tokens.
+
+    Attributes:
+      settings: of the train step.
+      mesh: over whose devices it runs; they may be those of a described topology.
+      abstract_state, abstract_batch: `ShapeDtypeStruct`s with shardings.
+      clean_lengths: ascending; the last suffices for every split.
+      compiler_options: of XLA, by name.
+    """
+
+    settings: TrainStepSettings
+    mesh: Mesh
+    abstract_state: TrainState
+    abstract_batch: Mapping[str, jax.ShapeDtypeStruct]
+    clean_lengths: tuple[int, ...]
+    compiler_options: Mapping[str, str]
+
+    def lower(self, num_clean: int) -> jax.stages.Lowered:
+        """The traced train step; it takes `(state, batch)` and donates the state."""
+        state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        jitted = jax.jit(
+            lambda state, batch: train_step(state, batch, self.settings, num_clean),
+            donate_argnums=0,
+            out_shardings=(state_shardings, replicated(self.mesh)),
+        )
+        with activate(self.mesh):
+            return jitted.lower(self.abstract_state, self.abstract_batch)
+
+    def compile(self, num_clean: int) -> jax.stages.Compiled:
+        """The train step as it runs.
+
+        Raises:
+          UserError: the compiler does not know one of the options.
+        """
+        return compile_with_options(self.lower(num_clean), self.compiler_options)
+
+
+def compile_with_options(
+    lowered: jax.stages.Lowered, compiler_options: Mapping[str, str]
+) -> jax.stages.Compiled:
+    """Compiles under options of XLA.
+
+    Raises:
+      UserError: the compiler does not know one of the options.
+    """
+    try:
+        return lowered.compile(compiler_options=dict(compiler_options) or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        name = str(error).rpartition("'")[0].rpartition("'")[2]
+        raise UserError(
+            f"the compiler does not know the option {name!r} of train.tpu_compiler_options; correct"
+            " or remove it."
+        ) from error
