@@ -48,6 +48,7 @@ def get_config(variant: str = "xl") -> ConfigDict:
     check_choice("variant", variant, SYSTEM_LEVEL + ABLATIONS)
     config = default.get_config()
     config.data.name = "latents"
+    config.train.clean_length_buckets = 6
     config.model.update(named_size(variant if variant in SYSTEM_LEVEL else "l"))
     if variant in SYSTEM_LEVEL:
         config.data.size = 16

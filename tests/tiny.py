@@ -3,6 +3,11 @@
 import functools
 from pathlib import Path
 
+import jax
+import numpy as np
+from flax.core import meta
+
+from cfjax import build
 from cfjax.config_loading import load_config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -35,6 +40,13 @@ def flags(**overrides):
     dotted = {name.replace("__", "."): value for name, value in overrides.items()}
     values = OVERRIDES | dotted
     return [f"--config={CONFIGS / 'mnist.py'}"] + [f"--config.{k}={v}" for k, v in values.items()]
+
+
+def random_params(model):
+    """Parameters without the zeros of an initialization, so that every part of the model matters."""
+    shapes = meta.unbox(jax.eval_shape(build.init_params(model), jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype), shapes)
 
 
 @functools.cache
