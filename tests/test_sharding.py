@@ -1,5 +1,7 @@
 """Meshes, shardings from logical axes, global batches: on the 8 virtual devices of the tests."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -227,3 +229,24 @@ def test_apply_gradients_averages_the_new_parameters():
     np.testing.assert_array_equal(state.params["w"], [0.0, 2.0])
     np.testing.assert_array_equal(state.ema_params["w"], [0.75, 2.0])
     assert state.train_step.dtype == jnp.int32 and int(state.train_step) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DescribedDevice:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "tpu of another kind"
+    device_kind: str = "described"
+
+
+def test_data_goes_across_slices():
+    devices = [DescribedDevice(i, slice_index=i % 2) for i in range(8)]
+    mesh = sharding.make_mesh(fsdp=2, devices=devices)
+    assert mesh.shape == {"data": 4, "fsdp": 2, "tensor": 1}
+    slices = [[device.slice_index for device in row] for row in mesh.devices[:, :, 0]]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(UserError, match="data=1 does not divide over 2 slices"):
+        sharding.make_mesh(data=1, fsdp=8, devices=devices)
