@@ -25,6 +25,13 @@ case "$1 $2" in
 esac
 """
 
+# Records its name and arguments, then what it reads.
+RECORDER = (
+    '#!/bin/bash\nprintf "%s|" "$(basename "$0")" "$@" >>"$LOG"; echo >>"$LOG"; cat >>"$LOG"\n'
+)
+# Flags of cfjax.train that a shell would take apart.
+FLAGS = ("--config", "configs/a.py:xl", "--workdir", "gs://b/x l", "--config.x=(1, 2)", "--y=it's")
+
 
 def make_clone(tmp_path):
     """What the scripts read, in a path with a space; fake Pythons are in `bin` beside it."""
