@@ -126,12 +126,21 @@ def mesh(config: ConfigDict) -> Mesh:
     """The mesh over all devices, after checking that it divides batch and model."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     sharding.check_batch_divides(config.train.global_batch_size, mesh)
+    check_mesh_divides_model(config, mesh)
+    return mesh
+
+
+def check_mesh_divides_model(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses a mesh over whose axis `tensor` the model cannot be split.
+
+    Raises:
+      UserError: it does not divide the heads or the MLP.
+    """
     sharding.check_axes_divide(
         mesh,
         activation_heads=config.model.num_heads,
         activation_mlp=int(config.model.mlp_ratio * config.model.width),
     )
-    return mesh
 
 
 def init_params(model: CausalFusion, num_clean: int = 1) -> Callable[[jax.Array], Any]:

@@ -82,42 +82,6 @@ def test_metrics(uninterrupted):
     np.testing.assert_allclose([line["learning_rate"] for line in lines], [1e-3, 2e-3, 2e-3])
 
 
-@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_other_meshes_train_alike(uninterrupted, sizes, tmp_path):
-    """Sums in another order, which six updates by Adam amplify: 1e-3 of the largest parameter."""
-    overrides = {f"mesh__{axis}": size for axis, size in sizes.items()}
-    state = train(tiny.config(**overrides), tmp_path)
-    for leaf, expected in zip(
-        jax.tree.leaves(state.ema_params), jax.tree.leaves(uninterrupted[1].ema_params), strict=True
-    ):
-        np.testing.assert_allclose(leaf, expected, atol=1e-3 * max(1, np.abs(expected).max()))
-
-
-@pytest.mark.multiprocess
-def test_two_processes_train_alike(uninterrupted, tmp_path):
-    """The launcher's local simulation of two hosts, against one process of eight devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    environment["PYTHON"] = sys.executable
-    command = ["bash", str(tiny.REPOSITORY / "launch" / "local_processes.sh"), "2"]
-    command += [sys.executable, "-m", "cfjax.train", *tiny.flags(), f"--workdir={tmp_path}"]
-    done = subprocess.run(
-        command,
-        cwd=tiny.REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    state, examples_seen = restored(tmp_path)
-    assert examples_seen == tiny.NUM_TRAIN_STEPS * 16
-    for leaf, expected in zip(
-        jax.tree.leaves(state.ema_params), jax.tree.leaves(uninterrupted[1].ema_params), strict=True
-    ):
-        np.testing.assert_allclose(leaf, expected, atol=1e-3 * max(1, np.abs(expected).max()))
-
-
 def program_environment():
     return os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
