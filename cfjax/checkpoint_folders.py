@@ -24,7 +24,11 @@ _FINISHED = "commit_success.txt"
 
 
 class CorruptCheckpoint(UserError):
-    """A checkpoint that can't be read."""
+    """A checkpoint that can't be read, for a `reason` of a few words."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 def checkpoints_folder(directory: str | PathLike) -> epath.Path:
@@ -104,9 +108,10 @@ def reporting_corruption(folder: epath.Path) -> Iterator[None]:
         mend = "there is no other, so start in a new workdir"
         if others:
             mend = f"remove that folder to use the one of train step {others[-1]} instead"
+        reason = short_reason(error.__cause__ or error)
         raise CorruptCheckpoint(
-            f"the checkpoint of train step {folder.name} in {folder} is corrupt"
-            f" ({short_reason(error.__cause__ or error)}); {mend}."
+            f"the checkpoint of train step {folder.name} in {folder} is corrupt ({reason}); {mend}.",
+            reason,
         ) from error
 
 

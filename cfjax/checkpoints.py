@@ -193,40 +193,36 @@ def restore_newest(
     """
     if latest_train_step(directory) is None:
         return None
-    damaged: list[tuple[int, CorruptCheckpoint | None]] = []
+    damaged: list[tuple[int, str]] = []
     for train_step in reversed(train_steps(directory)):
-        restored, error = None, None
+        restored, reason = None, None
         try:
             restored = restore_state(directory, abstract_state, train_step)
-        except CorruptCheckpoint as corrupt:
-            error = corrupt
-        if not _is_so_somewhere(error is not None):
+        except CorruptCheckpoint as error:
+            reason = error.reason
+        if not _is_so_somewhere(reason is not None):
             _set_aside(directory, damaged, train_step)
             return restored
-        damaged.append((train_step, error))
-    train_step, error = damaged[0]
-    if len(damaged) == 1 and error is not None:
-        raise error
+        damaged.append((train_step, reason or "another process cannot read it"))
+    train_step, reason = damaged[0]
     raise UserError(
-        f"no checkpoint in {directory} can be read, the newest of train step {train_step} because:"
-        f" {error or 'another process could not'}; if the storage is at fault, mend it and run"
-        " again, else start in a new workdir."
+        f"no checkpoint in {directory} can be read, not the newest of train step {train_step}"
+        f" ({reason}); if the storage is at fault, mend it and run again, else start in a new"
+        " workdir."
     )
 
 
-def _set_aside(
-    directory: str | PathLike, damaged: list[tuple[int, CorruptCheckpoint | None]], whole: int
-) -> None:
+def _set_aside(directory: str | PathLike, damaged: list[tuple[int, str]], whole: int) -> None:
     if jax.process_index() == 0:
-        for train_step, error in damaged:
+        for train_step, reason in damaged:
             place = checkpoint_folders.set_aside(checkpoint_folders.find(directory, train_step))
             logging.warning(
-                "The checkpoint of train step %d can't be read and is now %s; going on from the one"
-                " of train step %d. (%s)",
+                "The checkpoint of train step %d can't be read (%s) and is now %s; going on from the"
+                " one of train step %d.",
                 train_step,
+                reason,
                 place,
                 whole,
-                error or "Another process could not read it.",
             )
     if damaged and jax.process_count() > 1:
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
