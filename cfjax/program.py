@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from cfjax import preemption
 from cfjax.config_loading import parse_flags
 from cfjax.errors import UserError
+from cfjax.paths import absolute, is_cloud
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
 # A process that has not been heard of for so long is dead, and ends the others.
@@ -117,9 +118,10 @@ def check_workdir_writable(workdir: str | PathLike) -> None:
     Cloud storage (`gs://...`) is left to the first write.
 
     Raises:
-      UserError: it is read-only, or not a folder.
+      UserError: it is read-only, or not a folder, or in cloud storage that is not known.
     """
-    if "://" in str(workdir):
+    if is_cloud(workdir):
+        absolute(workdir)
         return
     path = Path(workdir).absolute()
     nearest = next(place for place in (path, *path.parents) if place.exists())

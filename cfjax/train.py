@@ -123,6 +123,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             is_regular = number % config.train.checkpoint_every == 0
             if is_last or is_preempted or is_regular:
                 progress.check_finite()  # a state that is not finite is never saved
+                log.flush()
                 metric = progress.take_followed() if is_regular else None
                 writer.save(state, config_to_json(config), number * batch_size, metric)
             if config.train.sample_every and (is_last or number % config.train.sample_every == 0):
