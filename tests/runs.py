@@ -32,8 +32,13 @@ def free_port():
 class Run:
     """A context manager; its processes do not outlive it."""
 
-    def __init__(self, workdir, *, num_processes=1, num_devices=1, fault=(), **overrides):
-        """Starts the processes, each with `num_devices` virtual ones."""
+    def __init__(
+        self, workdir, *, num_processes=1, num_devices=1, fault=(), workdir_flag=None, **overrides
+    ):
+        """Starts the processes, each with `num_devices` virtual ones.
+
+        What they say goes to `workdir`, which is the program's too, unless `workdir_flag` is.
+        """
         self.workdir = workdir
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -42,7 +47,8 @@ class Run:
             "PYTHONPATH": os.pathsep.join([str(tiny.REPOSITORY), *sys.path]),
         }
         program = [FAULTY, *map(str, fault)] if fault else ["-m", "cfjax.train"]
-        command = [sys.executable, *program, *tiny.flags(**overrides), f"--workdir={workdir}"]
+        command = [sys.executable, *program, *tiny.flags(**overrides)]
+        command.append(f"--workdir={workdir_flag or workdir}")
         address = f"--coordinator_address=localhost:{free_port()}"
         several = [address, f"--num_processes={num_processes}"] if num_processes > 1 else []
         workdir.mkdir(exist_ok=True)
