@@ -224,8 +224,7 @@ def _set_aside(directory: str | PathLike, damaged: list[tuple[int, str]], whole:
                 place,
                 whole,
             )
-    if damaged and jax.process_count() > 1:
-        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    sharding.wait_for_all_processes()
 
 
 def _is_so_somewhere(mine: bool) -> bool:

@@ -65,8 +65,8 @@ def _exit_on_error(function: Callable[[Sequence[str]], Any], argv: Sequence[str]
             raise
         if "Gloo" in str(error):  # which carries what CPUs send each other
             sys.stderr.write(
-                f"error: another process of this run has ended ({_one_line(error)}); see what it"
-                " said, and run all of them again to go on from the last checkpoint.\n"
+                f"error: lost another process of this run ({_one_line(error)}); see what it said, and"
+                " run all of them again to go on from the last checkpoint.\n"
             )
         else:
             sys.excepthook(*sys.exc_info())

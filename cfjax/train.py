@@ -82,6 +82,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     batch_size, num_train_steps = config.train.global_batch_size, config.train.num_train_steps
     first = int(state.train_step)
     train_steps = _compiled(train_program) if first < num_train_steps else {}
+    sharding.wait_for_all_processes()
     lengths = clean_lengths.clean_lengths(
         train_program.settings.objective.factorization,
         train_program.settings.model.num_tokens,
