@@ -112,7 +112,7 @@ def optimizer_settings(config: ConfigDict) -> OptimizerSettings:
 
 
 def check_counts(config: ConfigDict) -> None:
-    """Refuses counts below 1 in `config.train`, before anything is computed.
+    """Refuses counts in `config.train` that are too low or do not fit, before anything is computed.
 
     Raises:
       UserError: the first of them.
@@ -120,6 +120,12 @@ def check_counts(config: ConfigDict) -> None:
     for name in ("num_train_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
         if config.train[name] < 1:
             raise UserError(f"train.{name} is {config.train[name]}, but must be at least 1.")
+    keep_every, checkpoint_every = config.train.keep_every, config.train.checkpoint_every
+    if keep_every < 0 or keep_every % checkpoint_every:
+        raise UserError(
+            f"train.keep_every is {keep_every}, but must be a multiple of train.checkpoint_every,"
+            f" {checkpoint_every}; 0 keeps none."
+        )
 
 
 def mesh(config: ConfigDict) -> Mesh:

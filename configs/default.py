@@ -80,6 +80,10 @@ def get_config() -> ConfigDict:
     config.train.log_every = 100  # train steps between lines of the metric log
     config.train.checkpoint_every = 5_000  # train steps between checkpoints
     config.train.keep_checkpoints = 3  # how many of them stay
+    config.train.keep_every = 0  # those of train steps that this divides stay too; 0 for none
+    config.train.keep_best_metric = (
+        ""  # the one where this is lowest stays too: "loss"; "" for none
+    )
     config.train.sample_every = 0  # train steps between sample grids in TensorBoard; 0 for none
 
     config.mesh = ConfigDict()

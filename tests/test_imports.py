@@ -15,7 +15,8 @@ ROOMS = {
     GROUND: (
         [
             *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
-            "checkpoint_folders",
+            *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
+            "preemption",
         ],
         [],
     ),
@@ -25,7 +26,7 @@ ROOMS = {
     "sampling": (["sampling"], [GROUND, "models"]),
     "convert": (["convert"], [GROUND, "models"]),
     "storage": (["train_state", "checkpoints"], [GROUND]),
-    "metric log": (["metric_log"], [GROUND]),
+    "metric log": (["metric_log", "metric_files"], [GROUND]),
     "data": (["data"], [GROUND]),
     "evaluation": (["evaluation"], [GROUND, "models", "data"]),
     "pictures": (["visualization"], [GROUND]),
@@ -65,10 +66,13 @@ LIBRARIES = {
     "tqdm": None,
     "flax": ["sharding", "train_state", "models", "convert", "evaluation"],
     "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
-    "etils": ["checkpoint_folders", "checkpoints"],
+    "etils": [
+        *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
+        *("checkpoints", "metric_log", "metric_files"),
+    ],
     "orbax": ["checkpoints"],
     "ml_collections": ["config_loading", "build", "sampler", *PROGRAMS],
-    "tensorboardX": ["metric_log"],
+    "tensorboardX": ["metric_log", "metric_files"],
     "grain": ["data"],
     "PIL": ["data"],
     "clu": PROGRAMS,
@@ -77,7 +81,10 @@ LIBRARIES = {
 }
 # Of libraries that may be used everywhere, these exceptions: plain data has no devices or flags.
 NOT_IN = {
-    "jax": ["errors", "checkpoint_folders", "diffusion.schedule"],
+    "jax": [
+        *("errors", "paths", "checkpoint_folders", "checkpoint_retention"),
+        "diffusion.schedule",
+    ],
     "absl": ["errors", "rng", "factorization", "diffusion", "models", "objective", "sampling"],
 }
 
