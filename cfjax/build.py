@@ -56,7 +56,7 @@ def model(config: ConfigDict) -> CausalFusion:
         gradient_dtype=DTYPES[model.gradient_dtype],
         scan_layers=model.scan_layers,
         remat_policy=model.remat_policy,
-        split_attention=model.split_attention,
+        attention=model.attention,
     )
 
 

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of matrix products; all else is float32
     config.model.gradient_dtype = "float32"  # in which devices add up the weights' gradients
     config.model.remat_policy = "dots"  # what the backward pass recomputes: "none", "dots", "full"
-    config.model.split_attention = False  # context rows leave out noised keys: faster on CPUs
+    config.model.attention = "fused"  # or "split" (faster on CPUs), "splash" (a TPU kernel)
     config.model.scan_layers = True  # compile one layer and loop over it
 
     config.factorization = ConfigDict()

@@ -25,7 +25,7 @@ TINY = {
     "model.depth": 3,
     "model.num_heads": 2,
     "model.num_condition_tokens": 4,
-    "model.split_attention": False,  # which skips products that the model's FLOPs count
+    "model.attention": "fused",  # "split" skips products that the model's FLOPs count
     "train.global_batch_size": 2,
     "sampling.num_ar_steps": 3,
     "sampling.denoising_steps": "4",
@@ -55,7 +55,7 @@ def test_train_flops_are_those_of_the_forward_pass(overrides):
     flops = build.training_forward_flops(config)
     assert counted_flops(jaxpr.jaxpr) == flops
 
-    split = model.clone(split_attention=True)
+    split = model.clone(attention="split")
     jaxpr = jax.make_jaxpr(functools.partial(forward, split))(*inputs)
     assert counted_flops(jaxpr.jaxpr) < flops
 
