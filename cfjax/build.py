@@ -1,6 +1,6 @@
 """From a config to the values that the rooms below take; ConfigDicts go no deeper than here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -122,9 +122,10 @@ def check_counts(config: ConfigDict) -> None:
             raise UserError(f"train.{name} is {config.train[name]}, but must be at least 1.")
 
 
-def mesh(config: ConfigDict) -> Mesh:
-    """The mesh over all devices, after checking that it divides batch and model."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices, or given ones, after checking that it divides batch and model."""
+    sizes = config.mesh
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
     sharding.check_batch_divides(config.train.global_batch_size, mesh)
     sharding.check_axes_divide(
         mesh,
