@@ -1,6 +1,6 @@
 """From a config to the values that the rooms below take; ConfigDicts go no deeper than here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -128,9 +128,10 @@ def check_counts(config: ConfigDict) -> None:
         )
 
 
-def mesh(config: ConfigDict) -> Mesh:
-    """The mesh over all devices, after checking that it divides batch and model."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices, or given ones, after checking that it divides batch and model."""
+    sizes = config.mesh
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
     sharding.check_batch_divides(config.train.global_batch_size, mesh)
     check_mesh_divides_model(config, mesh)
     return mesh

@@ -200,6 +200,25 @@ class Sampler:
         return jax.device_get(trajectory), schedule
 
 
+def trace_generation(
+    config: ConfigDict, mesh: jax.sharding.Mesh, batch_size: int
+) -> jax.stages.Traced:
+    """The program of `Sampler.generate` for a batch, over devices that may only be described."""
+    model = build.sampling_model(config)
+    settings, schedule = build.sampling_settings(config)
+    params = sharding.abstract_sharded(build.init_params(model), mesh, jax.random.key(0))
+    key = sharding.abstract_sharded(lambda: stream_key(0, "sample"), mesh)
+    rows = sharding.batch_sharding(mesh)
+    labels, indices = (
+        jax.ShapeDtypeStruct((batch_size,), dtype, sharding=rows)
+        for dtype in (jnp.int32, jnp.uint32)
+    )
+    with sharding.activate(mesh):
+        return _generate_images.trace(
+            model, params, schedule, settings, config.model.patch_size, key, labels, indices
+        )
+
+
 def _generate_images(model, params, schedule, settings, patch_size, key, labels, indices):
     keys = per_example_keys(key, indices)
     tokens = sampling.generate(model, params, schedule, settings, labels, keys)

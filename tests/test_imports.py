@@ -11,6 +11,10 @@ REPOSITORY = Path(__file__).parent.parent
 # Rooms from the ground floor up: the modules in each (a package stands for all in it), and the
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
+PROGRAMS = [
+    *("train", "train_progress", "sample", "evaluate", "draw"),
+    *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
+]
 ROOMS = {
     GROUND: (
         [
@@ -21,6 +25,7 @@ ROOMS = {
         [],
     ),
     "models": (["models", "flops"], [GROUND]),
+    "compiler": (["tpu_topology", "collectives", "compiled_report"], [GROUND, "models"]),
     "objective": (["objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
@@ -48,16 +53,15 @@ ROOMS = {
     ),
     "package": ([""], ["sampler"]),
     "programs": (
-        ["train", "train_progress", "sample", "evaluate", "draw"],
+        PROGRAMS,
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
-            "metric log",
+            *("metric log", "compiler"),
             *("data", "evaluation", "pictures", "config", "build", "sampler", "package"),
         ],
     ),
 }
 
-PROGRAMS = ["train", "train_progress", "sample", "evaluate", "draw"]
 # Modules that may import a library; None for all.
 LIBRARIES = {
     "numpy": None,

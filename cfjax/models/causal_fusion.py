@@ -17,17 +17,21 @@ import jax.numpy as jnp
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import MaskTerms, generalized_causal_mask
 from cfjax.models.attention import ATTENDED, Attention
-from cfjax.models.layers import Mlp, TimestepEmbedding, dense, layer_norm, sincos_positions
+from cfjax.models.layers import (
+    LINEAR,
+    Mlp,
+    TimestepEmbedding,
+    dense,
+    layer_norm,
+    sincos_positions,
+)
 from cfjax.models.masks import MaskFunction, PackedMask, sequence_mask_terms
 from cfjax.sharding import constrain, with_logical_axes
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENDED),
 }
 ATTENTIONS = ("fused", "split", "splash")
 POSITION_EMBEDDINGS = ("learned", "sincos")
