@@ -95,7 +95,7 @@ follow() {
   ((is_told == 0)) || pass_on  # told while the processes were being started
   while ((running > 0)); do
     code=0
-    wait -n -p ended || code=$?
+    wait -n -p ended 2>/dev/null || code=$?  # it would say who was killed
     [ -n "${ended:-}" ] || continue  # a signal ended the wait
     running=$((running - 1))
     if ((code == START_AGAIN)); then
