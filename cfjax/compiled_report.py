@@ -55,11 +55,11 @@ def program_report(
             raise
         memory = {"limit": chip.hbm_limit, "needed": needed}
         return {"fits": False, "memory": memory, **report}
-    memory = memory_report(compiled)
+    memory = memory_report(compiled, chip)
     collectives = find_collectives(compiled.as_text())
     return {
         "fits": memory["peak"] <= chip.hbm_limit,
-        "memory": {"limit": chip.hbm_limit, **memory},
+        "memory": memory,
         **report,
         "collectives": collective_rows(collectives),
         "largest_collective": largest(collectives),
@@ -78,19 +78,22 @@ def needed_bytes(message: str) -> int | None:
     return None
 
 
-def memory_report(compiled: jax.stages.Compiled) -> dict[str, int]:
+def memory_report(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, Any]:
     """Peak memory of a compiled program, and what it is made of.
 
-    "state" are its arguments, "activations" what it computes, at the peak.
+    "state" are its arguments, "activations" what it computes, at the peak. "lower_limit_seconds"
+    takes it to read its arguments and write its results once.
     """
     analysis = compiled.memory_analysis()
     state, code = analysis.argument_size_in_bytes, analysis.generated_code_size_in_bytes
     peak = analysis.peak_memory_in_bytes
     return {
+        "limit": chip.hbm_limit,
         "peak": peak + code,
         "state": state,
         "activations": peak - state,
         "code": code,
+        "lower_limit_seconds": (state + analysis.output_size_in_bytes) / chip.hbm_bandwidth,
     }
 
 

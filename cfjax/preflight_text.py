@@ -55,6 +55,11 @@ def _program_lines(program: Mapping[str, Any]) -> list[str]:
         f"lower limit  {1e3 * flops['lower_limit_seconds']:.4g} ms: the counted FLOPs at the peak of"
         " all chips",
     ]
+    if "lower_limit_seconds" in memory:
+        lines.append(
+            f"             {1e3 * memory['lower_limit_seconds']:.4g} ms: arguments and results once"
+            " through a chip's HBM"
+        )
     if program.get("collectives"):
         lines += ["", *_collective_lines(program)]
     return lines

@@ -116,6 +116,10 @@ def test_train_report(trained):
         assert flops["lower_limit_seconds"] == flops["counted"] / (4 * 197e12)
         memory = program["memory"]
         assert memory["peak"] == memory["state"] + memory["activations"] + memory["code"]
+        transferred = memory["lower_limit_seconds"] * CHIPS["v5e"].hbm_bandwidth
+        assert (
+            1.9 * memory["state"] < transferred < 2 * memory["state"]
+        )  # the batch is not returned
         in_loop = [row for row in program["collectives"] if row["in_loop"]]
         assert {row["kind"] for row in in_loop} >= {"all-gather", "all-reduce"}
         for row in in_loop:

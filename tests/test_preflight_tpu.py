@@ -129,7 +129,7 @@ def test_gathers_on_v4_are_asynchronous():
     report = preflight(
         "configs/imagenet256.py:xl",
         "--topology=v4:2x2x2",
-        "--config.mesh.fsdp=8",
+        "--config.mesh.fsdp=4",
         "--config.train.global_batch_size=64",
     )
     assert all(it["async_count"] == it["count"] for it in gathers_in_loops(report))
