@@ -129,7 +129,8 @@ class CheckpointWriter:
             self.wait()
             self._delete_old()
         finally:
-            self._checkpointer.close()
+            with self._reporting_failure():  # of what this writes, too
+                self._checkpointer.close()
 
     def __enter__(self) -> Self:
         return self

@@ -52,20 +52,22 @@ class Run:
         address = f"--coordinator_address=localhost:{free_port()}"
         several = [address, f"--num_processes={num_processes}"] if num_processes > 1 else []
         workdir.mkdir(exist_ok=True)
-        self._logs, self.processes = [], []
+        self._logs, self._readers, self.processes = [], [], []
         for process_id in range(num_processes):
             log = workdir / f"log.{time.monotonic_ns()}.{process_id}"
             own = [*several, f"--process_id={process_id}"] if several else []
+            # By a pipe, as a limit on the size of files would hold for a file here too.
+            process = subprocess.Popen(
+                [*command, *own],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=tiny.REPOSITORY,
+            )
             with log.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*command, *own],
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        env=environment,
-                        cwd=tiny.REPOSITORY,
-                    )
-                )
+                self._readers.append(subprocess.Popen(["cat"], stdin=process.stdout, stdout=file))
+            process.stdout.close()
+            self.processes.append(process)
             self._logs.append(log)
 
     def __enter__(self):
@@ -74,6 +76,7 @@ class Run:
     def __exit__(self, *_):
         for process in self.processes:
             process.kill()
+        for process in [*self.processes, *self._readers]:
             process.wait()
 
     def said(self):
@@ -102,6 +105,8 @@ class Run:
                 process.send_signal(signal.SIGABRT)  # says where it is
                 process.wait()
                 raise AssertionError(f"still running after {timeout} s: {self.said()}") from None
+        for reader in self._readers:
+            reader.wait()
         return [process.returncode for process in self.processes]
 
 

@@ -147,7 +147,8 @@ def test_falls_back_and_says_so(damage, pattern, mesh, tmp_path, caplog):
         state, examples_seen = checkpoints.restore_newest(tmp_path, target)
     assert (int(state.train_step), examples_seen) == (10, 100)
     assert sorted(path.name for path in folder.iterdir()) == ["10", "20.damaged", "30.damaged"]
-    warnings = [record.getMessage() for record in caplog.records]
+    # Not what asyncio says of the arrays that orbax dropped.
+    warnings = [record.getMessage() for record in caplog.records if record.name == "absl"]
     assert any("train step 30 can't be read (" in warning for warning in warnings)
     assert all("going on from the one of train step 10" in warning for warning in warnings)
     save(tmp_path, mesh, {20: None, 30: None}, keep_last=3)  # the train steps can be saved again

@@ -1,5 +1,6 @@
 """The training program: resuming, meshes, processes, metrics, and what is refused."""
 
+import json
 import os
 import random
 import subprocess
@@ -44,6 +45,25 @@ def test_the_last_checkpoint_is_the_final_state(uninterrupted):
     assert_same_bits(saved, state)
     assert examples_seen == tiny.NUM_TRAIN_STEPS * 16
     assert checkpoints.train_steps(workdir) == [3, 6]
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    """With the metric of the train steps since the checkpoint before, here one."""
+    keep = {"train__keep_checkpoints": 1, "train__keep_every": 2, "train__log_every": 1}
+    config = tiny.config(train__checkpoint_every=1, train__keep_best_metric="gradient_norm", **keep)
+    train(config, tmp_path)
+    lowest = min(read_metrics(tmp_path), key=lambda line: line["gradient_norm"])
+    assert set(checkpoints.train_steps(tmp_path)) == {2, 4, 6, lowest["train_step"]}
+    metadata = tmp_path / "checkpoints" / "6" / "metadata" / "metadata.json"
+    assert json.loads(metadata.read_text())["best"] == {
+        "train_step": lowest["train_step"],
+        "value": lowest["gradient_norm"],
+    }
+
+
+def test_an_unknown_metric_is_refused(tmp_path):
+    with pytest.raises(UserError, match="keep_best_metric 'los'; did you mean 'loss'"):
+        train(tiny.config(train__keep_best_metric="los"), tmp_path)
 
 
 def test_ema_follows_and_parameters_move(uninterrupted):
@@ -159,6 +179,10 @@ BAD_VALUES = [
     ({"sampling__denoising_steps": "many"}, "respacing 'many' is not understood"),
     ({"optimizer__schedule": "cosine", "optimizer__warmup_steps": 9}, "warmup_steps is 9"),
     ({"train__log_every": 0}, "train.log_every is 0"),
+    (
+        {"train__keep_every": 4},
+        "train.keep_every is 4, but must be a multiple of train.checkpoint_every, 3",
+    ),
 ]
 
 
