@@ -11,27 +11,21 @@ REPOSITORY = Path(__file__).parent.parent
 # Rooms from the ground floor up: the modules in each (a package stands for all in it), and the
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
-PROGRAMS = [
-    *("train", "train_progress", "sample", "evaluate", "draw"),
-    *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
-]
 ROOMS = {
     GROUND: (
         [
             *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
-            *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
-            "preemption",
+            "checkpoint_folders",
         ],
         [],
     ),
     "models": (["models", "flops"], [GROUND]),
-    "compiler": (["tpu_topology", "collectives", "compiled_report"], [GROUND, "models"]),
     "objective": (["objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
     "convert": (["convert"], [GROUND, "models"]),
     "storage": (["train_state", "checkpoints"], [GROUND]),
-    "metric log": (["metric_log", "metric_files"], [GROUND]),
+    "metric log": (["metric_log"], [GROUND]),
     "data": (["data"], [GROUND]),
     "evaluation": (["evaluation"], [GROUND, "models", "data"]),
     "pictures": (["visualization"], [GROUND]),
@@ -53,15 +47,16 @@ ROOMS = {
     ),
     "package": ([""], ["sampler"]),
     "programs": (
-        PROGRAMS,
+        ["train", "train_progress", "sample", "evaluate", "draw"],
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
-            *("metric log", "compiler"),
+            "metric log",
             *("data", "evaluation", "pictures", "config", "build", "sampler", "package"),
         ],
     ),
 }
 
+PROGRAMS = ["train", "train_progress", "sample", "evaluate", "draw"]
 # Modules that may import a library; None for all.
 LIBRARIES = {
     "numpy": None,
@@ -70,13 +65,10 @@ LIBRARIES = {
     "tqdm": None,
     "flax": ["sharding", "train_state", "models", "convert", "evaluation"],
     "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
-    "etils": [
-        *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
-        *("checkpoints", "metric_log", "metric_files"),
-    ],
+    "etils": ["checkpoint_folders", "checkpoints"],
     "orbax": ["checkpoints"],
     "ml_collections": ["config_loading", "build", "sampler", *PROGRAMS],
-    "tensorboardX": ["metric_log", "metric_files"],
+    "tensorboardX": ["metric_log"],
     "grain": ["data"],
     "PIL": ["data"],
     "clu": PROGRAMS,
@@ -85,10 +77,7 @@ LIBRARIES = {
 }
 # Of libraries that may be used everywhere, these exceptions: plain data has no devices or flags.
 NOT_IN = {
-    "jax": [
-        *("errors", "paths", "checkpoint_folders", "checkpoint_retention"),
-        "diffusion.schedule",
-    ],
+    "jax": ["errors", "checkpoint_folders", "diffusion.schedule"],
     "absl": ["errors", "rng", "factorization", "diffusion", "models", "objective", "sampling"],
 }
 

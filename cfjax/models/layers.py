@@ -12,12 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from cfjax.sharding import with_logical_axes
 
 TIMESTEP_FEATURES = 256
-LINEAR = "linear"  # what a linear map returns, for policies that keep it for the backward pass
 
 
 def dense(
@@ -61,10 +59,8 @@ def _linear_map(
     Autodiff would cast the kernel's gradient to the dtype of `x` before devices add up theirs.
     """
     if gradient_dtype == x.dtype:
-        product = jax.lax.dot_general(x, kernel.astype(x.dtype), dimensions, precision)
-    else:
-        product = _product(x, kernel, dimensions, gradient_dtype)
-    return checkpoint_name(product, LINEAR)
+        return jax.lax.dot_general(x, kernel.astype(x.dtype), dimensions, precision)
+    return _product(x, kernel, dimensions, gradient_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
