@@ -19,8 +19,9 @@ to what sharding costs:
 Both are medians of the ratio in each round. `cpu_overhead` is the same of CPU time, which other load
 touches less.
 
-`examples_per_second` is what the loader alone gives, without a device: of the digits, and of a
-folder of pictures made for it; `times_train_step` is that over what the train step of the config
+`examples_per_second` is what the loader alone gives, without a device: of the digits, which are in
+memory, and of a folder of JPEGs of 256x256 made for it, each decoded whenever it is asked for, as of
+a folder that does not fit into memory; `times_train_step` is that over what the train step of the config
 takes on one device, `configs/mnist.py` and `configs/image_folder.py`.
 """
 
@@ -43,7 +44,8 @@ from PIL import Image
 
 from benchmarks import measuring
 from cfjax import build, program
-from cfjax.config_loading import define_config_flag, load_config
+from cfjax.config_loading import config_to_json, define_config_flag, load_config
+from cfjax.data import image_folder
 from cfjax.data.loader import TrainLoader
 
 _DEVICES = (1, 2, 4, 8)
@@ -52,12 +54,15 @@ _DEVICES = (1, 2, 4, 8)
 class Worker:
     """A process of `benchmarks.scaling_worker` with some devices."""
 
-    def __init__(self, num_devices: int, arguments: Sequence[str]):
-        """Starts it; `arguments` name the config."""
+    def __init__(self, num_devices: int, config: ConfigDict):
+        """Starts it."""
         device_flag = f"--xla_force_host_platform_device_count={num_devices}"
         environment = {"XLA_FLAGS": device_flag, "JAX_PLATFORMS": "cpu"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.scaling_worker", *arguments],
+            [
+                *(sys.executable, "-m", "benchmarks.scaling_worker"),
+                f"--config_json={config_to_json(config)}",
+            ],
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -88,21 +93,21 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(devices: Sequence[int], arguments: Sequence[str]) -> Iterator[list[Worker]]:
+def workers(devices: Sequence[int], config: ConfigDict) -> Iterator[list[Worker]]:
     """A worker for each number of devices."""
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(contextlib.closing(Worker(n, arguments))) for n in devices]
+        started = [stack.enter_context(contextlib.closing(Worker(n, config))) for n in devices]
         for worker in started:
             worker.wait()
         yield started
 
 
 def train_step_rounds(
-    devices: Sequence[int], arguments: Sequence[str], rounds: int, count: int
+    devices: Sequence[int], config: ConfigDict, rounds: int, count: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Wall and CPU seconds by name and round; the first round is not counted."""
     times = {}
-    with workers(devices, arguments) as running:
+    with workers(devices, config) as running:
         for _ in range(rounds + 1):
             for worker in running:
                 for name in worker.names:
@@ -179,12 +184,8 @@ def feeding(
     """
     config = load_config(path, overrides)
     rate = loader_rate(config, num_batches, rounds)
-    arguments = [
-        f"--config={path}",
-        *(f"--config.{key}={value}" for key, value in overrides.items()),
-    ]
-    arguments.append(f"--config.train.global_batch_size={train_batch_size}")
-    taken = train_step_rounds([1], arguments, rounds, 1)["data=1"]
+    fed = load_config(path, overrides | {"train.global_batch_size": train_batch_size})
+    taken = train_step_rounds([1], fed, rounds, 1)["data=1"]
     eaten = train_batch_size / statistics.median(wall for wall, _ in taken)
     name = Path(path).stem
     return {
@@ -196,16 +197,14 @@ def feeding(
 def main(_: Sequence[str]) -> None:
     """Runs the benchmark."""
     values = flags.FLAGS.flag_values_dict()
-    arguments = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
-    arguments = arguments or [f"--config={flags.FLAGS['config'].default}"]
     devices = [int(number) for number in values["devices"]]
-    batch_size = values["config"].train.global_batch_size
-    rounds = values["rounds"]
-    times = train_step_rounds(devices, arguments, rounds, values["train_steps"])
+    config, rounds = values["config"], values["rounds"]
+    times = train_step_rounds(devices, config, rounds, values["train_steps"])
     pipeline = {}
     if num_batches := values["batches"]:
         with tempfile.TemporaryDirectory() as folder:
             make_pictures(Path(folder), 200, 256)
+            image_folder._MAX_BYTES_IN_MEMORY = 0
             pictures = {"data.path": folder}
             pipeline |= feeding("configs/mnist.py", {}, 64, rounds, num_batches)
             # 64 of its examples are a minute of a CPU.
@@ -214,7 +213,7 @@ def main(_: Sequence[str]) -> None:
         {
             "benchmark": "scaling",
             "cores": os.cpu_count(),
-            "batch_size": batch_size,
+            "batch_size": config.train.global_batch_size,
             **costs(times),
             **pipeline,
         }

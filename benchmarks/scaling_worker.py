@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
 from cfjax import build, program, sharding
-from cfjax.config_loading import define_config_flag
+from cfjax.config_loading import config_from_json
 from cfjax.train_step import train_step
 
 
@@ -81,7 +81,7 @@ def apart(config: ConfigDict) -> Callable[[], None]:
 
 def main(_: Sequence[str]) -> None:
     """Runs the worker."""
-    config = flags.FLAGS["config"].value
+    config = config_from_json(flags.FLAGS.config_json)
     num_devices = jax.device_count()
     train_steps = {f"data={num_devices}": sharded(config)}
     if num_devices > 1:
@@ -102,5 +102,5 @@ def say(*values: object) -> None:
 
 
 if __name__ == "__main__":
-    define_config_flag()
+    flags.DEFINE_string("config_json", None, "The config.", required=True)
     program.run(main)

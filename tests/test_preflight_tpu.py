@@ -98,8 +98,8 @@ def test_two_slices():
 def test_xl_on_a_pod():
     report = preflight("configs/imagenet256.py:xl", "--topology=v5e:16x16", "--config.mesh.fsdp=16")
     (program,) = report["programs"]
-    assert report["num_chips"] == 256 and report["num_parameters"] == 714_016_400
-    assert program["memory"]["peak"] < 4 * GIB
+    assert report["num_chips"] == 256 and report["num_parameters"] == 713_988_368
+    assert program["memory"]["peak"] < 6 * GIB
     assert program["flops"]["ratio"] <= 1.03
     rows = program["collectives"]
     assert not any(it["kind"] == "all-gather" and "f32" in it["dtype"] for it in rows)
