@@ -11,6 +11,7 @@ from golden_data import apply, example_inputs
 
 from cfjax import sharding
 from cfjax.errors import UserError
+from cfjax.flops import counted_flops
 from cfjax.models.causal_fusion import CausalFusion, named_size
 from cfjax.models.layers import sincos_positions
 from cfjax.models.patches import patchify, unpatchify
@@ -241,6 +242,23 @@ def test_remat_recomputes():
         return sum(leaf.size for leaf in jax.tree.leaves(kept))
 
     assert num_kept("full") < num_kept("dots") < num_kept("none")
+
+
+@pytest.mark.parametrize("gradient_dtype", [jnp.float32, jnp.bfloat16])
+def test_dots_recompute_no_linear_map(gradient_dtype):
+    """Nor does it matter how the gradients of the weights are summed."""
+    params, inputs = random_params(SMALL), random_inputs(SMALL, PLANS["irregular"])
+
+    def flops(policy):
+        module = SMALL.clone(remat_policy=policy, dtype=jnp.bfloat16, gradient_dtype=gradient_dtype)
+        gradient = jax.grad(lambda p: module.apply(p, **inputs).sum())
+        return counted_flops(jax.make_jaxpr(gradient)(params).jaxpr)
+
+    batch, _, num_tokens, _ = inputs["noised_tokens"].shape
+    length = SMALL.condition_length + inputs["clean_tokens"].shape[1] + num_tokens
+    attention = 2 * 2 * batch * length**2 * SMALL.width
+    assert flops("dots") - flops("none") == SMALL.depth * attention
+    assert flops("full") > flops("dots")
 
 
 def test_bfloat16_is_close_to_float32():

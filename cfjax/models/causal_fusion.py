@@ -24,16 +24,20 @@ from cfjax.factorization import (
     mask_terms,
 )
 from cfjax.models.attention import ATTENDED, Attention
-from cfjax.models.layers import Mlp, TimestepEmbedding, dense, layer_norm, sincos_positions
+from cfjax.models.layers import (
+    LINEAR,
+    Mlp,
+    TimestepEmbedding,
+    dense,
+    layer_norm,
+    sincos_positions,
+)
 from cfjax.sharding import constrain, with_logical_axes
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENDED),
 }
 POSITION_EMBEDDINGS = ("learned", "sincos")
 

@@ -12,10 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from cfjax.sharding import with_logical_axes
 
 TIMESTEP_FEATURES = 256
+LINEAR = "linear"  # what a linear map returns, for policies that keep it for the backward pass
 
 
 def dense(
@@ -59,8 +61,10 @@ def _linear_map(
     Autodiff would cast the kernel's gradient to the dtype of `x` before devices add up theirs.
     """
     if gradient_dtype == x.dtype:
-        return jax.lax.dot_general(x, kernel.astype(x.dtype), dimensions, precision)
-    return _product(x, kernel, dimensions, gradient_dtype)
+        product = jax.lax.dot_general(x, kernel.astype(x.dtype), dimensions, precision)
+    else:
+        product = _product(x, kernel, dimensions, gradient_dtype)
+    return checkpoint_name(product, LINEAR)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
