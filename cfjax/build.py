@@ -61,7 +61,7 @@ def model(config: ConfigDict) -> CausalFusion:
 
 
 def sampling_model(config: ConfigDict) -> CausalFusion:
-    """The transformer as generation runs it: layers in a loop, which a KV cache makes the faster way.
+    """The transformer as generation runs it: layers in a loop, which is faster with a KV cache.
 
     The parameters are those of `model`.
     """

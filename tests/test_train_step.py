@@ -119,6 +119,9 @@ def test_class_table_is_not_summed_over_devices():
     assert "[11,8]" in text
     for shape in ("[11,64]", "[11,16]", "[11,32]"):
         assert shape not in text
+    # Each device gets the rows of its own example, never those of the whole batch.
+    assert "all-to-all(" in text
+    assert not re.search(r"f32\[8,\d+,16\][^=\n]* all-gather\(", text)
 
 
 def test_compiler_options():

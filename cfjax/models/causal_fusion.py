@@ -278,7 +278,7 @@ class CausalFusion(nn.Module):
         rows = constrain(rows.astype(self.dtype), ("batch", None))
         tokens = rows.reshape(-1, self.num_condition_tokens, self.width)
         tokens = jnp.tile(tokens, (1, self.condition_repeats, 1))
-        return tokens + self.condition_positions[None].astype(self.dtype)
+        return (tokens + self.condition_positions[None]).astype(self.dtype)
 
     def clean_image_tokens(self, tokens: jax.Array, grid_indices: jax.Array) -> jax.Array:
         """Embeds clean tokens `[batch, M, token_width]` at grid indices `[batch, M]`: `[.., D]`."""
