@@ -3,7 +3,13 @@
     python -m cfjax.train --config configs/image_folder.py --workdir runs/mine \
         --config.data.path=pictures --config.data.num_classes=3
 
-Hardware: one accelerator, or a CPU with patience. Quality not run; the command is.
+Hardware: one accelerator. On 2 CPU cores a train step takes half a minute; there make the model
+smaller, such as by
+
+    --config.model.patch_size=8 --config.model.width=128 --config.model.depth=4 \
+        --config.model.num_heads=4
+
+The commands are run, to their first train steps; quality is not.
 """
 
 from ml_collections import ConfigDict
@@ -38,6 +44,7 @@ def get_config() -> ConfigDict:
 
     config.train.global_batch_size = 64
     config.train.num_train_steps = 50_000
+    config.train.log_every = 10
     config.train.checkpoint_every = 1_000
 
     config.sampling.denoising_steps = "50"
