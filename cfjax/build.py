@@ -1,6 +1,6 @@
 """From a config to the values that the rooms below take; ConfigDicts go no deeper than here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ def model(config: ConfigDict) -> CausalFusion:
         gradient_dtype=DTYPES[model.gradient_dtype],
         scan_layers=model.scan_layers,
         remat_policy=model.remat_policy,
-        split_attention=model.split_attention,
+        attention=model.attention,
     )
 
 
@@ -112,7 +112,7 @@ def optimizer_settings(config: ConfigDict) -> OptimizerSettings:
 
 
 def check_counts(config: ConfigDict) -> None:
-    """Refuses counts below 1 in `config.train`, before anything is computed.
+    """Refuses counts in `config.train` that are too low or do not fit, before anything is computed.
 
     Raises:
       UserError: the first of them.
@@ -120,18 +120,34 @@ def check_counts(config: ConfigDict) -> None:
     for name in ("num_train_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
         if config.train[name] < 1:
             raise UserError(f"train.{name} is {config.train[name]}, but must be at least 1.")
+    keep_every, checkpoint_every = config.train.keep_every, config.train.checkpoint_every
+    if keep_every < 0 or keep_every % checkpoint_every:
+        raise UserError(
+            f"train.keep_every is {keep_every}, but must be a multiple of train.checkpoint_every,"
+            f" {checkpoint_every}; 0 keeps none."
+        )
 
 
-def mesh(config: ConfigDict) -> Mesh:
-    """The mesh over all devices, after checking that it divides batch and model."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over all devices, or given ones, after checking that it divides batch and model."""
+    sizes = config.mesh
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
     sharding.check_batch_divides(config.train.global_batch_size, mesh)
+    check_mesh_divides_model(config, mesh)
+    return mesh
+
+
+def check_mesh_divides_model(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuses a mesh over whose axis `tensor` the model cannot be split.
+
+    Raises:
+      UserError: it does not divide the heads or the MLP.
+    """
     sharding.check_axes_divide(
         mesh,
         activation_heads=config.model.num_heads,
         activation_mlp=int(config.model.mlp_ratio * config.model.width),
     )
-    return mesh
 
 
 def init_params(model: CausalFusion, num_clean: int = 1) -> Callable[[jax.Array], Any]:

@@ -1,9 +1,11 @@
 """Where checkpoints lie: finding, listing, reading their documents, deleting; arrays aside.
 
-`directory` may everywhere be a run's workdir, its `checkpoints/` folder, or one checkpoint.
+`directory` may everywhere be a run's workdir, its `checkpoints/` folder, or one checkpoint, on disk
+or in cloud storage.
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from os import PathLike
@@ -12,14 +14,26 @@ from typing import Any
 from etils import epath
 
 from cfjax.errors import UserError
+from cfjax.paths import absolute
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DELETING = ".deleting"
+_DAMAGED = ".damaged"
+# Where folders can't be renamed, this file is written last.
+_FINISHED = "commit_success.txt"
+
+
+class CorruptCheckpoint(UserError):
+    """A checkpoint that can't be read, for a `reason` of a few words."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 def checkpoints_folder(directory: str | PathLike) -> epath.Path:
     """The absolute folder in which the checkpoints lie."""
-    path = _absolute(directory)
+    path = absolute(directory)
     if (path / "checkpoints").is_dir():
         return path / "checkpoints"
     return path.parent if _is_checkpoint(path) else path
@@ -31,7 +45,11 @@ def train_steps(directory: str | PathLike) -> list[int]:
     if not path.is_dir():
         return []
     names = {child.name for child in path.iterdir()}
-    return sorted(int(n) for n in names if n.isdecimal() and n + _DELETING not in names)
+    return sorted(
+        int(name)
+        for name in names
+        if name.isdecimal() and name + _DELETING not in names and _is_finished(path / name)
+    )
 
 
 def find(directory: str | PathLike, train_step: int | None = None) -> epath.Path:
@@ -40,7 +58,7 @@ def find(directory: str | PathLike, train_step: int | None = None) -> epath.Path
     Raises:
       UserError: there is no folder, or no such checkpoint in it.
     """
-    path = _absolute(directory)
+    path = absolute(directory)
     if train_step is None and _is_checkpoint(path):
         return path
     if not path.is_dir():
@@ -68,7 +86,7 @@ def read_document(folder: epath.Path, item: str) -> dict[str, Any]:
     """A JSON document of one checkpoint.
 
     Raises:
-      UserError: it is missing or not JSON.
+      CorruptCheckpoint: it is missing or not JSON.
     """
     with reporting_corruption(folder):
         return json.loads((folder / item / document_name(item)).read_text())
@@ -76,7 +94,11 @@ def read_document(folder: epath.Path, item: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reporting_corruption(folder: epath.Path) -> Iterator[None]:
-    """Turns errors of reading into a `UserError` that names the checkpoint and what to do."""
+    """Turns errors of reading into one that names the checkpoint and what to do.
+
+    Raises:
+      CorruptCheckpoint: whatever was wrong.
+    """
     try:
         yield
     except RuntimeError:  # the device's, such as out of memory
@@ -86,9 +108,10 @@ def reporting_corruption(folder: epath.Path) -> Iterator[None]:
         mend = "there is no other, so start in a new workdir"
         if others:
             mend = f"remove that folder to use the one of train step {others[-1]} instead"
-        raise UserError(
-            f"the checkpoint of train step {folder.name} in {folder} is corrupt"
-            f" ({short_reason(error.__cause__ or error)}); {mend}."
+        reason = short_reason(error.__cause__ or error)
+        raise CorruptCheckpoint(
+            f"the checkpoint of train step {folder.name} in {folder} is corrupt ({reason}); {mend}.",
+            reason,
         ) from error
 
 
@@ -104,11 +127,21 @@ def delete(folder: epath.Path) -> None:
     announcement.unlink()
 
 
+def set_aside(folder: epath.Path) -> epath.Path:
+    """Renames a damaged checkpoint so that it counts no more; returns its new place."""
+    taken = {path.name for path in folder.parent.iterdir()}
+    name = folder.name + _DAMAGED
+    if name in taken:
+        name = next(n for n in (f"{name}.{i}" for i in itertools.count(2)) if n not in taken)
+    return folder.rename(folder.parent / name)
+
+
 def remove_leftovers(checkpoints: epath.Path) -> None:
     """Removes half-written checkpoints and ends interrupted deletions."""
     if checkpoints.is_dir():
         for path in list(checkpoints.iterdir()):
-            if path.name.endswith(_TEMPORARY):
+            is_half = path.name.isdecimal() and not _is_finished(path)
+            if is_half or path.name.endswith(_TEMPORARY):
                 path.rmtree()
             elif path.name.endswith(_DELETING):
                 delete(checkpoints / path.name.removesuffix(_DELETING))
@@ -120,8 +153,8 @@ def short_reason(error: BaseException) -> str:
     return line if len(line) <= 120 else line[:117] + "..."
 
 
-def _absolute(directory: str | PathLike) -> epath.Path:
-    return epath.Path(directory).expanduser().resolve()
+def _is_finished(folder: epath.Path) -> bool:
+    return not str(folder).startswith("gs://") or (folder / _FINISHED).exists()
 
 
 def _is_checkpoint(path: epath.Path) -> bool:

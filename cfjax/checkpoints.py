@@ -9,11 +9,11 @@ appears under its name only when everything in it is written:
 | `ema/` | `ema_params` |
 | `config/config.json` | the run's config |
 | `data/data.json` | `examples_seen`, the position in the data |
-| `metadata/metadata.json` | versions, mesh, and every array's name, shape and dtype |
+| `metadata/metadata.json` | versions, mesh, number of processes; every array's name, shape and |
+|  | dtype; this one's metric, and which is the best |
 """
 
 import contextlib
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from os import PathLike
@@ -22,17 +22,25 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cfjax import checkpoint_folders, sharding
-from cfjax.checkpoint_folders import document_name, read_document, short_reason, train_steps
+from cfjax import checkpoint_folders, checkpoint_metadata, sharding
+from cfjax.checkpoint_folders import (
+    CorruptCheckpoint,
+    document_name,
+    read_document,
+    short_reason,
+    train_steps,
+)
+from cfjax.checkpoint_retention import Best, Retention
 from cfjax.errors import UserError
+from cfjax.paths import absolute
 from cfjax.train_state import TrainState
 
 _ARRAYS = ("state", "ema")
 _DOCUMENTS = ("config", "data", "metadata")
-_MAX_LISTED = 3
 
 
 class CheckpointWriter:
@@ -42,17 +50,33 @@ class CheckpointWriter:
     removed on creation.
     """
 
-    def __init__(self, workdir: str | PathLike, keep_last: int):
-        """Args: the run's folder, shared by all processes; how many checkpoints to keep (>= 1)."""
-        if keep_last < 1:
-            raise UserError(f"at least 1 checkpoint must be kept, got keep_last={keep_last}.")
-        self._directory = epath.Path(workdir).resolve() / "checkpoints"
-        self._keep_last = keep_last
+    def __init__(
+        self,
+        workdir: str | PathLike,
+        keep_last: int,
+        keep_every: int = 0,
+        best_metric: str = "",
+    ):
+        """Looks for the best one so far.
+
+        Args:
+          workdir: the run's folder, shared by all processes.
+          keep_last, keep_every, best_metric: which checkpoints stay, see `Retention`.
+        """
+        self._retention = Retention(keep_last, keep_every, best_metric)
+        self._directory = absolute(workdir) / "checkpoints"
+        self._best = Best.of_run(self._directory, best_metric)
         self._checkpointer = ocp.AsyncCheckpointer(_handler())
         if jax.process_index() == 0:
             checkpoint_folders.remove_leftovers(self._directory)
 
-    def save(self, state: TrainState, config_json: str, examples_seen: int) -> None:
+    def save(
+        self,
+        state: TrainState,
+        config_json: str,
+        examples_seen: int,
+        metric: float | None = None,
+    ) -> None:
         """Starts to save; returns when `state` may be donated or changed.
 
         Waits for the save before, if it has not ended. A train step that is saved already is left
@@ -62,20 +86,28 @@ class CheckpointWriter:
           state: global arrays.
           config_json: the run's config as JSON.
           examples_seen: examples taken from the data by all processes together.
+          metric: value of `best_metric`; without one, this checkpoint can't be the best.
 
         Raises:
           UserError: this save or the one before could not be written.
         """
         self.wait()
         self._delete_old()
-        folder = self._directory / str(int(state.train_step))
+        train_step = int(state.train_step)
+        folder = self._directory / str(train_step)
         if folder.exists():
             return
         arrays = _split(state)
+        self._best = self._best.against(train_step, metric)
+        name = self._retention.best_metric
         documents = {
             "config": json.loads(config_json),
             "data": {"examples_seen": examples_seen},
-            "metadata": _describe(arrays),
+            "metadata": {
+                **checkpoint_metadata.describe(arrays),
+                "metric": None if metric is None else {"name": name, "value": metric},
+                "best": self._best.document(),
+            },
         }
         items = {item: ocp.args.StandardSave(tree) for item, tree in arrays.items()}
         items |= {item: ocp.args.JsonSave(document) for item, document in documents.items()}
@@ -92,12 +124,13 @@ class CheckpointWriter:
             self._checkpointer.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save and deletes what is more than `keep_last`."""
+        """Waits for the last save and deletes what need not stay."""
         try:
             self.wait()
             self._delete_old()
         finally:
-            self._checkpointer.close()
+            with self._reporting_failure():  # of what this writes, too
+                self._checkpointer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -111,7 +144,8 @@ class CheckpointWriter:
 
     def _delete_old(self) -> None:
         if jax.process_index() == 0:
-            for train_step in train_steps(self._directory)[: -self._keep_last]:
+            saved = train_steps(self._directory)
+            for train_step in self._retention.superfluous(saved, self._best.train_step):
                 checkpoint_folders.delete(self._directory / str(train_step))
 
     @contextlib.contextmanager
@@ -145,6 +179,62 @@ def latest_train_step(directory: str | PathLike) -> int | None:
     return latest
 
 
+def restore_newest(
+    directory: str | PathLike, abstract_state: TrainState
+) -> tuple[TrainState, int] | None:
+    """What `restore_state` gives for the newest checkpoint that is whole, or None; with a warning.
+
+    To be called by every process; all take the same one. Newer ones, which can't be read, are set
+    aside under the name `<train step>.damaged`; but nothing is touched when none can be read, as
+    then the storage may be at fault.
+
+    Raises:
+      UserError: no checkpoint can be read, or the newest is of another architecture, or the
+        processes do not see the same checkpoints.
+    """
+    if latest_train_step(directory) is None:
+        return None
+    damaged: list[tuple[int, str]] = []
+    for train_step in reversed(train_steps(directory)):
+        restored, reason = None, None
+        try:
+            restored = restore_state(directory, abstract_state, train_step)
+        except CorruptCheckpoint as error:
+            reason = error.reason
+        if not _is_so_somewhere(reason is not None):
+            _set_aside(directory, damaged, train_step)
+            return restored
+        damaged.append((train_step, reason or "another process cannot read it"))
+    train_step, reason = damaged[0]
+    raise UserError(
+        f"no checkpoint in {directory} can be read, not the newest of train step {train_step}"
+        f" ({reason}); if the storage is at fault, mend it and run again, else start in a new"
+        " workdir."
+    )
+
+
+def _set_aside(directory: str | PathLike, damaged: list[tuple[int, str]], whole: int) -> None:
+    if jax.process_index() == 0:
+        for train_step, reason in damaged:
+            place = checkpoint_folders.set_aside(checkpoint_folders.find(directory, train_step))
+            logging.warning(
+                "The checkpoint of train step %d can't be read (%s) and is now %s; going on from the"
+                " one of train step %d.",
+                train_step,
+                reason,
+                place,
+                whole,
+            )
+    sharding.wait_for_all_processes()
+
+
+def _is_so_somewhere(mine: bool) -> bool:
+    """Whether it is so in any process; to be called by all."""
+    if jax.process_count() == 1:
+        return mine
+    return bool(multihost_utils.process_allgather(np.bool_(mine)).any())
+
+
 def restore_state(
     directory: str | PathLike, abstract_state: TrainState, train_step: int | None = None
 ) -> tuple[TrainState, int]:
@@ -157,7 +247,8 @@ def restore_state(
       train_step: which checkpoint, by default the latest.
 
     Raises:
-      UserError: there is no such checkpoint, it is corrupt, or it is of another architecture.
+      UserError: there is no such checkpoint, it is corrupt (`CorruptCheckpoint`), or it is of another
+        architecture.
     """
     folder = checkpoint_folders.find(directory, train_step)
     restored = _restore(folder, _split(abstract_state))
@@ -180,18 +271,15 @@ def restore_ema(
       Nested dicts of arrays.
 
     Raises:
-      UserError: there is no such checkpoint, it is corrupt, or it is of another architecture.
+      UserError: there is no such checkpoint, it is corrupt (`CorruptCheckpoint`), or it is of another
+        architecture.
     """
     folder = checkpoint_folders.find(directory, train_step)
     if abstract_params is None:
-        everywhere = sharding.replicated(sharding.make_mesh())
-        abstract_params = {}
-        for name, (shape, dtype) in read_document(folder, "metadata")["arrays"]["ema"].items():
-            *parents, leaf = name.split("/")
-            node = abstract_params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+        abstract_params = checkpoint_metadata.abstract_tree(
+            read_document(folder, "metadata")["arrays"]["ema"],
+            sharding.replicated(sharding.make_mesh()),
+        )
     return _restore(folder, {"ema": abstract_params})["ema"]
 
 
@@ -226,63 +314,15 @@ def _split(state: TrainState) -> dict[str, Any]:
     }
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _describe(arrays: dict[str, Any]) -> dict[str, Any]:
-    mesh = arrays["state"]["train_step"].sharding.mesh
-    return {
-        "versions": {name: _version(name) for name in ("cfjax", "jax")},
-        "mesh": dict(mesh.shape),
-        "arrays": {
-            item: {
-                name: [list(leaf.shape), leaf.dtype.name]
-                for name, leaf in _named_leaves(tree).items()
-            }
-            for item, tree in arrays.items()
-        },
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _restore(folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
     saved = read_document(folder, "metadata")["arrays"]
     for item, target in targets.items():
-        _check_architecture(folder, item, saved[item], target)
+        checkpoint_metadata.check_architecture(folder, item, saved[item], target)
     args = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
+    # Not by a Checkpointer, in which the processes that can read would wait for one that can't.
     with (
         checkpoint_folders.reporting_corruption(folder),
-        ocp.Checkpointer(_handler()) as checkpointer,
+        contextlib.closing(_handler()) as handler,
     ):
-        restored = checkpointer.restore(folder, args=ocp.args.Composite(**args))
+        restored = handler.restore(folder, args=ocp.args.Composite(**args))
         return {item: restored[item] for item in targets}
-
-
-def _check_architecture(folder: epath.Path, item: str, saved: dict[str, list], target: Any) -> None:
-    there = {name: tuple(shape) for name, (shape, _) in saved.items()}
-    here = {name: leaf.shape for name, leaf in _named_leaves(target).items()}
-    differing = [name for name in there.keys() | here.keys() if there.get(name) != here.get(name)]
-    if differing:
-        # Parameters say more than the optimizer's moments, which differ with them.
-        differing.sort(key=lambda name: (name.startswith("opt_state"), name))
-        prefix = "ema_params/" if item == "ema" else ""
-        listed = [
-            f"{prefix}{name} is {there.get(name, 'absent')} in the checkpoint but {here.get(name, 'absent')}"
-            " in the config"
-            for name in differing[:_MAX_LISTED]
-        ]
-        if len(differing) > _MAX_LISTED:
-            listed.append(f"and {len(differing) - _MAX_LISTED} more")
-        config_path = folder / "config" / document_name("config")
-        raise UserError(
-            f"the checkpoint {folder} is of another architecture: {', '.join(listed)}; use the"
-            f" config it was trained with ({config_path}) or another workdir."
-        )

@@ -88,8 +88,15 @@ def expected_cost(
     probabilities: np.ndarray, lengths: tuple[int, ...], cost: Callable[[int], float]
 ) -> float:
     """Expected cost of a train step that takes the shortest of `lengths` that suffices."""
-    chosen = np.searchsorted(lengths, np.arange(len(probabilities)))
-    return sum(p * cost(lengths[i]) for p, i in zip(probabilities, chosen, strict=True) if p > 0.0)
+    shares = length_probabilities(probabilities, lengths)
+    return sum(p * cost(length) for p, length in zip(shares, lengths, strict=True))
+
+
+def length_probabilities(probabilities: np.ndarray, lengths: tuple[int, ...]) -> np.ndarray:
+    """Share of train steps that take each of `lengths`, the shortest that suffices, `[lengths]`."""
+    needed = np.flatnonzero(probabilities)
+    chosen = np.searchsorted(lengths, needed)
+    return np.bincount(chosen, probabilities[needed], len(lengths))
 
 
 def check_num_buckets(factorization: Factorization, num_buckets: int) -> None:

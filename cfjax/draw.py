@@ -16,6 +16,7 @@ from cfjax import program
 from cfjax.data.images import to_uint8
 from cfjax.metric_log import METRICS_FILE, read_metrics
 from cfjax.models.patches import unpatchify
+from cfjax.paths import absolute
 from cfjax.sample import define_sampling_flags, integers, sampling_overrides
 from cfjax.sampler import Sampler, load
 from cfjax.visualization import (
@@ -94,7 +95,7 @@ def main(_: Sequence[str]) -> None:
         out / "factorization_plane.png", frames, range(1, plane_ar_steps + 1), timesteps
     )
     drawn = ["samples.png", "factorization_plane.png"]
-    if (Path(values["checkpoint"]) / METRICS_FILE).exists():
+    if (absolute(values["checkpoint"]) / METRICS_FILE).exists():
         save_training_curves(out / "training_curves.png", read_metrics(values["checkpoint"]))
         drawn.append("training_curves.png")
     logging.info("%s are in %s.", ", ".join(drawn), out)

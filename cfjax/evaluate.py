@@ -3,9 +3,10 @@
 With `--checkpoint` images are generated, `--num_samples` for each number of AR steps; with
 `--samples FILE_OR_FOLDER --config CONFIG` they are read. The features are those of a small
 classifier trained on the real training images and kept in `<out>/classifier`; the report, as JSON
-with its protocol, is `<out>/scores.json`. Runs as one process.
+with its protocol, is `<out>/scores.json`. Of several processes all generate and the first scores.
 """
 
+import collections
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,13 +29,14 @@ from cfjax.evaluation.classifier import load_or_train
 from cfjax.evaluation.report import Report, floor_distance, score
 from cfjax.evaluation.statistics import FeatureStatistics
 from cfjax.sample import (
+    define_device_flags,
     define_sampling_flags,
     integers,
     labels_of,
+    load_sampler,
     sampling_overrides,
     stream_with_progress,
 )
-from cfjax.sampler import load
 
 # Name of a row, batches of images uint8 [n, H, W, C] with labels [n] or None.
 Samples = tuple[str, Iterator[tuple[np.ndarray, np.ndarray | None]]]
@@ -46,8 +48,11 @@ def evaluate(
     samples: Iterator[Samples],
     out: Path,
     protocol: dict[str, Any],
-) -> Report:
+) -> Report | None:
     """Scores samples against the real training images of a config and saves the report.
+
+    The first process does; the others, which all samples reach too, take part in making them and
+    return None.
 
     Args:
       config: names the data.
@@ -56,6 +61,10 @@ def evaluate(
       out: folder of the report and the classifier.
       protocol: what is known of the samples, to stand beside the scores.
     """
+    if jax.process_index() != 0:
+        for _, batches in samples:
+            collections.deque(batches, maxlen=0)
+        return None
     train, held_out = sources
     classifier = load_or_train(out / "classifier", train, held_out)
     real, _ = classifier.features(all_images(train)[0])
@@ -83,8 +92,8 @@ def evaluate(
     return report
 
 
-def _of_checkpoint(values: dict[str, Any], out: Path) -> Report:
-    sampler = load(values["checkpoint"], values["train_step"])
+def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
+    sampler = load_sampler()
     overrides = sampling_overrides()
     ar_steps = integers("ar_steps", values["ar_steps"])
     if not ar_steps:
@@ -124,7 +133,7 @@ def _sources(config: ConfigDict) -> tuple[Source, Source]:
     return build.source(config, "train"), build.source(config, "held_out")
 
 
-def _of_samples(values: dict[str, Any], out: Path) -> Report:
+def _of_samples(values: dict[str, Any], out: Path) -> Report | None:
     if values["config"] is None:
         raise UserError(
             "--samples needs --config too, which names the real images to compare with."
@@ -151,18 +160,21 @@ def _of_samples(values: dict[str, Any], out: Path) -> Report:
 
 def main(_: Sequence[str]) -> None:
     """Runs the program."""
+    program.initialize_distributed()
     values = flags.FLAGS.flag_values_dict()
     if (values["checkpoint"] is None) == (values["samples"] is None):
         raise UserError("pass either --checkpoint or --samples.")
     out = Path(values["out"])
     report = (_of_checkpoint if values["samples"] is None else _of_samples)(values, out)
-    sys.stdout.write(report.table() + "\n")
-    logging.info("The report is in %s.", out / "scores.json")
+    if report is not None:
+        sys.stdout.write(report.table() + "\n")
+        logging.info("The report is in %s.", out / "scores.json")
 
 
 def define_flags() -> None:
     """Defines the program's flags."""
     define_sampling_flags(checkpoint_is_required=False)
+    define_device_flags()
     flags.DEFINE_string("samples", None, "Instead of a checkpoint: a .npz or a folder of images.")
     define_config_flag(required=False)
     flags.DEFINE_string("out", None, "Folder of the report and the classifier.", required=True)

@@ -60,10 +60,10 @@ def sampling_flops(
 
 
 def counted_flops(jaxpr: Any) -> int:
-    """Of all matrix products in a jaxpr, those in the body of a scan as often as it runs.
+    """Of all matrix products in a jaxpr, on all devices together.
 
-    A branch of `cond` counts as if it were taken; kernels that are not made of jax operations count
-    nothing.
+    The body of a scan counts as often as it runs, a Pallas kernel for each block of its grid. A
+    branch of `cond` counts as if it were taken.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -72,7 +72,19 @@ def counted_flops(jaxpr: Any) -> int:
             shape = equation.invars[0].aval.shape
             inner = math.prod(shape[axis] for axis in contracted)
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        times = _repetitions(equation)
         for inner_jaxpr in jaxprs_in_params(equation.params):
             total += times * counted_flops(inner_jaxpr)
     return total
+
+
+def _repetitions(equation: Any) -> int:
+    """How often the jaxprs within an equation run."""
+    match equation.primitive.name:
+        case "scan":
+            return equation.params["length"]
+        case "pallas_call":
+            return math.prod(equation.params["grid_mapping"].grid)
+        case "shard_map":
+            return equation.params["mesh"].size
+    return 1

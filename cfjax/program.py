@@ -1,36 +1,46 @@
 """What every program shares: one sentence for bad input, quiet libraries, several processes."""
 
+import faulthandler
 import logging as python_logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
+from cfjax import preemption
 from cfjax.config_loading import parse_flags
 from cfjax.errors import UserError
+from cfjax.paths import absolute, is_cloud
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
+# A process that has not been heard of for so long is dead, and ends the others.
+_HEARTBEAT_TIMEOUT_SECONDS = 30
+# A process that fails leaves after so long, in which the others can say that they failed too.
+_FAREWELL_SECONDS = 3
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a program's `main(argv)` after parsing the flags; does not return.
 
     A `UserError`, and flags that are not understood, end it with `error: <one sentence>` on stderr
-    and exit code 2. Of `absl.logging`, messages of cfjax are shown from INFO on, those of libraries
-    from WARNING on.
+    and exit code 2; `Preempted` with `preemption.EXIT_CODE`, 75. Of `absl.logging`, messages of
+    cfjax are shown from INFO on, those of libraries from WARNING on.
+
+    When one of several processes fails or is killed, the others end within a minute.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         _quiet_libraries()
-        _exit_on_user_error(main, argv)
+        _exit_on_error(main, argv)
 
-    app.run(guarded, flags_parser=lambda argv: _exit_on_user_error(_parse_all, argv))
+    app.run(guarded, flags_parser=lambda argv: _exit_on_error(_parse_all, argv))
 
 
 def _parse_all(argv: Sequence[str]) -> list[str]:
@@ -40,12 +50,46 @@ def _parse_all(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _exit_on_user_error(function: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
+def _exit_on_error(function: Callable[[Sequence[str]], Any], argv: Sequence[str]) -> Any:
     try:
         return function(argv)
+    except preemption.Preempted as preempted:
+        preemption.ignore_from_now_on()
+        logging.info("%s", preempted)
+        sys.exit(preemption.EXIT_CODE)
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        sys.stderr.write(f"error: {_one_line(error)}\n")
+        _leave(2)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if "Gloo" in str(error):  # which carries what CPUs send each other
+            sys.stderr.write(
+                f"error: lost another process of this run ({_one_line(error)}); see what it said, and"
+                " run all of them again to go on from the last checkpoint.\n"
+            )
+        else:
+            sys.excepthook(*sys.exc_info())
+        _leave(1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits; from among several processes without waiting for those that did not fail.
+
+    They would never come to the meeting at which jax.distributed ends, as they wait for this
+    process elsewhere. When it has gone, they end too.
+    """
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    # The first goes last: with it goes the service by which the others know of each other.
+    time.sleep(_FAREWELL_SECONDS * (1 if jax.process_index() else 2))
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def _quiet_libraries() -> None:
@@ -74,9 +118,10 @@ def check_workdir_writable(workdir: str | PathLike) -> None:
     Cloud storage (`gs://...`) is left to the first write.
 
     Raises:
-      UserError: it is read-only, or not a folder.
+      UserError: it is read-only, or not a folder, or in cloud storage that is not known.
     """
-    if "://" in str(workdir):
+    if is_cloud(workdir):
+        absolute(workdir)
         return
     path = Path(workdir).absolute()
     nearest = next(place for place in (path, *path.parents) if place.exists())
@@ -126,15 +171,17 @@ def initialize_distributed() -> None:
                 f"--process_id={by_hand['process_id']} must be at least 0 and less than"
                 f" --num_processes={by_hand['num_processes']}."
             )
-        jax.distributed.initialize(**by_hand)
-        _log_on_one_host()
+        _join(**by_hand)
     elif len(missing) < len(by_hand):
         raise UserError(f"several processes by hand need {' and '.join(missing)} too.")
     elif flags.FLAGS.distributed:
-        jax.distributed.initialize()
-        _log_on_one_host()
+        _join()
 
 
-def _log_on_one_host() -> None:
+def _join(**by_hand: Any) -> None:
+    jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS, **by_hand)
+    # When a process dies, jax.distributed says so and aborts the others: the stacks of all their
+    # threads would bury what it said.
+    faulthandler.enable(all_threads=False)
     if jax.process_index() != 0:
         logging.set_verbosity(logging.WARNING)

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags, logging
 from tqdm import tqdm
 
-from cfjax import program
+from cfjax import program, sharding
 from cfjax.data.image_files import write_npz, write_png
 from cfjax.errors import UserError
 from cfjax.sampler import Sampler, load
@@ -38,6 +38,20 @@ def define_sampling_flags(checkpoint_is_required: bool = True) -> None:
     flags.DEFINE_string("solver", None, "ddpm or ddim.")
     flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 for none.")
     flags.DEFINE_list("guidance_interval", None, "Guided where LOW <= t < HIGH: LOW,HIGH.")
+
+
+def define_device_flags() -> None:
+    """Defines the flags of the mesh and of several processes."""
+    flags.DEFINE_integer("fsdp", 1, "Devices over which the parameters are split.")
+    flags.DEFINE_integer("tensor", 1, "Devices over which heads and MLP are split.")
+    program.define_distributed_flags()
+
+
+def load_sampler() -> Sampler:
+    """The checkpoint that the flags name, on the mesh that they name."""
+    values = flags.FLAGS.flag_values_dict()
+    mesh = sharding.make_mesh(fsdp=values["fsdp"], tensor=values["tensor"])
+    return load(values["checkpoint"], values["train_step"], mesh)
 
 
 def sampling_overrides() -> dict[str, Any]:
@@ -101,7 +115,7 @@ def main(_: Sequence[str]) -> None:
     program.initialize_distributed()
     values = flags.FLAGS.flag_values_dict()
     out = Path(values["out"])
-    sampler = load(values["checkpoint"], values["train_step"])
+    sampler = load_sampler()
     overrides = sampling_overrides()
     if values["num_ar_steps"] is not None:
         overrides["num_ar_steps"] = values["num_ar_steps"]
@@ -132,12 +146,12 @@ def main(_: Sequence[str]) -> None:
 def define_flags() -> None:
     """Defines the program's flags."""
     define_sampling_flags()
+    define_device_flags()
     flags.DEFINE_string("out", None, "A .png, a .npz or a folder.", required=True)
     flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1)
     flags.DEFINE_list("classes", [], "Classes, over and over; all by default.")
     flags.DEFINE_integer("num_ar_steps", None, "S, equal AR steps.")
     flags.DEFINE_list("split_sizes", [], "Tokens of each AR step, instead of num_ar_steps.")
-    program.define_distributed_flags()
 
 
 if __name__ == "__main__":

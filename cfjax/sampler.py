@@ -25,15 +25,19 @@ from cfjax.models.patches import unpatchify
 from cfjax.rng import per_example_keys, stream_key
 
 
-def load(directory: str | PathLike, train_step: int | None = None) -> "Sampler":
+def load(
+    directory: str | PathLike, train_step: int | None = None, mesh: jax.sharding.Mesh | None = None
+) -> "Sampler":
     """The EMA model of a checkpoint.
 
     Args:
       directory: a run's workdir, its `checkpoints/` folder, or one checkpoint.
       train_step: which checkpoint, by default the latest.
+      mesh: from `sharding.make_mesh`; by default each device has a copy of the parameters.
 
     Raises:
-      UserError: there is no such checkpoint, it is corrupt, or its config lacks a field.
+      UserError: there is no such checkpoint, it is corrupt, its config lacks a field, or the mesh
+        does not divide the model.
     """
     config = config_from_json(checkpoints.read_config(directory, train_step))
     try:
@@ -44,7 +48,8 @@ def load(directory: str | PathLike, train_step: int | None = None) -> "Sampler":
             f"the config of the checkpoint in {directory} lacks the field {error.args[0]}, as another"
             " version of cfjax saved it; add the field to its config/config.json."
         ) from error
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    build.check_mesh_divides_model(config, mesh)
     abstract = sharding.abstract_sharded(build.init_params(model), mesh, jax.random.key(0))
     params = checkpoints.restore_ema(directory, abstract, train_step)
     return Sampler(config, model, params, mesh)
@@ -57,7 +62,7 @@ class Sampler:
     Attributes:
       config: of the run that trained it; `config.sampling` holds the defaults of `generate`.
       model: the transformer.
-      params: its parameters, on every device of `mesh`.
+      params: its parameters, on `mesh`.
       mesh: over which a batch is split.
     """
 
@@ -193,6 +198,25 @@ class Sampler:
                 self.model, self.params, schedule, settings, labels, keys, return_trajectory=True
             )
         return jax.device_get(trajectory), schedule
+
+
+def trace_generation(
+    config: ConfigDict, mesh: jax.sharding.Mesh, batch_size: int
+) -> jax.stages.Traced:
+    """The program of `Sampler.generate` for a batch, over devices that may only be described."""
+    model = build.sampling_model(config)
+    settings, schedule = build.sampling_settings(config)
+    params = sharding.abstract_sharded(build.init_params(model), mesh, jax.random.key(0))
+    key = sharding.abstract_sharded(lambda: stream_key(0, "sample"), mesh)
+    rows = sharding.batch_sharding(mesh)
+    labels, indices = (
+        jax.ShapeDtypeStruct((batch_size,), dtype, sharding=rows)
+        for dtype in (jnp.int32, jnp.uint32)
+    )
+    with sharding.activate(mesh):
+        return _generate_images.trace(
+            model, params, schedule, settings, config.model.patch_size, key, labels, indices
+        )
 
 
 def _generate_images(model, params, schedule, settings, patch_size, key, labels, indices):

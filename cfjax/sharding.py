@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import meta
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cfjax.errors import UserError
 
@@ -100,6 +100,20 @@ def activate(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def active_mesh() -> AbstractMesh | None:
+    """The mesh that is active, or None.
+
+    Its `abstract_device` tells the platform that a program is for, wherever it is compiled.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def partition_spec(names: tuple[str | None, ...]) -> PartitionSpec:
+    """Along which mesh axes an array with these logical axes is split."""
+    return PartitionSpec(*(_mesh_axes(name) or None for name in names))
+
+
 def with_logical_axes(
     init_fn: nn.initializers.Initializer, names: tuple[str, ...]
 ) -> nn.initializers.Initializer:
@@ -137,7 +151,8 @@ def _num_parts(name: str | None, mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _mesh_axes(name))
 
 
-def _unbox(tree: Any) -> Any:
+def unbox(tree: Any) -> Any:
+    """The tree without flax's boxes of logical names."""
     return jax.tree.map(
         lambda leaf: leaf.value if meta.is_axis_metadata(leaf) else leaf,
         tree,
@@ -157,7 +172,7 @@ def _unconstrained(init_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _leaf_sharding(leaf: Any, mesh: Mesh) -> NamedSharding:
     names = leaf.names if meta.is_axis_metadata(leaf) else ()
-    shape = _unbox(leaf).shape
+    shape = unbox(leaf).shape
     if len(names) != len(shape):
         return NamedSharding(mesh, PartitionSpec())
     spec, used = [], set()
@@ -200,7 +215,7 @@ def abstract_sharded(init_fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any
     boxed = jax.eval_shape(_unconstrained(init_fn), *args)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        _unbox(boxed),
+        unbox(boxed),
         state_shardings(boxed, mesh),
     )
 
@@ -218,7 +233,7 @@ def born_sharded(init_fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     """
     init_fn = _unconstrained(init_fn)
     shardings = state_shardings(jax.eval_shape(init_fn, *args), mesh)
-    return jax.jit(lambda *args: _unbox(init_fn(*args)), out_shardings=shardings)(*args)
+    return jax.jit(lambda *args: unbox(init_fn(*args)), out_shardings=shardings)(*args)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -254,6 +269,15 @@ def assemble_global_batch(local_batch: Any, mesh: Mesh) -> Any:
       The tree of global arrays `[global_batch_size, ...]`.
     """
     return jax.make_array_from_process_local_data(batch_sharding(mesh), local_batch)
+
+
+def wait_for_all_processes() -> None:
+    """Returns when all processes have called this.
+
+    Before the first train step, as CPUs that meet there for the first time wait for 30 s only.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.process_allgather(np.int32(0))
 
 
 def check_batch_divides(

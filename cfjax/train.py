@@ -2,6 +2,10 @@
 
 The same command resumes; after a kill the run ends with the very bits it would have had. The
 workdir holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+
+SIGTERM, the notice of a preemption, saves after the train step at hand, on all processes after the
+same one, and exits with code 75: "start me again". When the newest checkpoint is damaged, the run
+goes on from the one before it, says so, and keeps the damaged one as `<train step>.damaged`.
 """
 
 import time
@@ -15,7 +19,7 @@ from absl import flags, logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from cfjax import build, checkpoints, clean_lengths, program, sharding
+from cfjax import build, checkpoints, clean_lengths, preemption, program, sharding
 from cfjax.config_loading import changed_keys, config_to_json, define_config_flag
 from cfjax.data.images import to_uint8
 from cfjax.data.loader import TrainLoader
@@ -42,6 +46,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
 
     Raises:
       UserError: bad input, or a loss that is no longer finite.
+      Preempted: the process has been told to end, and the state is saved.
     """
     build.check_counts(config)
     mesh = build.mesh(config)
@@ -52,14 +57,14 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     source = build.source(config, "train")
     program.check_workdir_writable(workdir)
 
-    latest = checkpoints.latest_train_step(workdir)
-    if latest is None:
+    restored = checkpoints.restore_newest(workdir, abstract_state)
+    if restored is None:
         init = build.init_state(train_program.settings.model, train_program.settings.optimizer)
         state = sharding.born_sharded(init, mesh, stream_key(config.seed, "init"))
         examples_seen = 0
     else:
-        state, examples_seen = checkpoints.restore_state(workdir, abstract_state, latest)
-        for change in changed_keys(checkpoints.read_config(workdir, latest), config):
+        state, examples_seen = restored
+        for change in changed_keys(checkpoints.read_config(workdir), config):
             logging.warning("The config differs from the checkpoint's: %s.", change)
     logging.info(
         "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -71,12 +76,13 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         build.sequence_length(config),
         ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         mesh.devices.flat[0].device_kind,
-        "from scratch" if latest is None else f"resuming after train step {latest}",
+        "from scratch" if restored is None else f"resuming after train step {state.train_step}",
     )
 
     batch_size, num_train_steps = config.train.global_batch_size, config.train.num_train_steps
     first = int(state.train_step)
     train_steps = _compiled(train_program) if first < num_train_steps else {}
+    sharding.wait_for_all_processes()
     lengths = clean_lengths.clean_lengths(
         train_program.settings.objective.factorization,
         train_program.settings.model.num_tokens,
@@ -93,7 +99,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         horizontal_flip=config.data.horizontal_flip,
         num_threads=config.data.num_threads,
     )
-    writer = checkpoints.CheckpointWriter(workdir, config.train.keep_checkpoints)
+    writer = checkpoints.CheckpointWriter(
+        workdir,
+        config.train.keep_checkpoints,
+        config.train.keep_every,
+        config.train.keep_best_metric,
+    )
     with loader, writer, MetricLog(workdir, first) as log, sharding.activate(mesh):
         progress = TrainProgress(
             log,
@@ -102,17 +113,29 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             last=num_train_steps,
             log_every=config.train.log_every,
             batch_size=batch_size,
+            followed=config.train.keep_best_metric,
         )
         for number in range(first + 1, num_train_steps + 1):
             batch = sharding.assemble_global_batch(next(loader), mesh)
             state, totals = train_steps[next(lengths)](state, batch)
             progress.add(number, totals)
             is_last = number == num_train_steps
-            if is_last or number % config.train.checkpoint_every == 0:
+            is_preempted = preemption.is_due(number - first)
+            is_regular = number % config.train.checkpoint_every == 0
+            if is_last or is_preempted or is_regular:
                 progress.check_finite()  # a state that is not finite is never saved
-                writer.save(state, config_to_json(config), number * batch_size)
+                log.flush()
+                metric = progress.take_followed() if is_regular else None
+                writer.save(state, config_to_json(config), number * batch_size, metric)
             if config.train.sample_every and (is_last or number % config.train.sample_every == 0):
                 log.image(number, "samples", _sample_grid(config, state.ema_params))
+            if is_preempted:
+                break
+    if state.train_step < num_train_steps:
+        raise preemption.Preempted(
+            f"Told to end: train step {state.train_step} of {num_train_steps} is saved in {workdir};"
+            " run again to go on."
+        )
     logging.info("Train step %d of %d is saved in %s.", state.train_step, num_train_steps, workdir)
     return state
 
@@ -144,6 +167,7 @@ def _sample_grid(config: ConfigDict, params: Any) -> np.ndarray:
 
 def main(_: Sequence[str]) -> None:
     """Runs the program."""
+    preemption.listen()
     program.initialize_distributed()
     train(flags.FLAGS["config"].value, flags.FLAGS["workdir"].value)
 

@@ -8,7 +8,7 @@ import jax
 import optax
 from absl import logging
 
-from cfjax.errors import UserError
+from cfjax.errors import UserError, check_choice
 from cfjax.metric_log import MetricLog
 from cfjax.train_step import Totals
 
@@ -25,6 +25,7 @@ class TrainProgress:
         last: int,
         log_every: int,
         batch_size: int,
+        followed: str = "",
     ):
         """Starts the clock.
 
@@ -35,12 +36,15 @@ class TrainProgress:
           last: train steps of the whole run.
           log_every: train steps between lines.
           batch_size: examples of a train step.
+          followed: metric whose mean `take_followed` returns; "" for none.
         """
         self._log = log
         self._learning_rate = learning_rate
         self._last = last
         self._log_every = log_every
         self._batch_size = batch_size
+        self._followed = followed
+        self._followed_sum, self._followed_count = 0.0, 0.0
         self._pending: tuple[int, Totals] | None = None
         self._sums: dict[str, float] = collections.defaultdict(float)
         self._counts: dict[str, float] = collections.defaultdict(float)
@@ -50,8 +54,11 @@ class TrainProgress:
         """Takes the metrics of a train step that was just dispatched.
 
         Raises:
-          UserError: the train step before had a loss or gradient that is not finite.
+          UserError: the train step before had a loss or gradient that is not finite, or the followed
+            metric does not exist.
         """
+        if self._followed:
+            check_choice("train.keep_best_metric", self._followed, sorted(totals))
         before, self._pending = self._pending, (train_step, totals)
         if before is not None:
             self._read(*before)
@@ -68,6 +75,13 @@ class TrainProgress:
             before, self._pending = self._pending, None
             self._read(*before)
 
+    def take_followed(self) -> float | None:
+        """Mean of the followed metric since the last call; None if it had no finite value."""
+        total, count = self._followed_sum, self._followed_count
+        self._followed_sum, self._followed_count = 0.0, 0.0
+        mean = total / count if count else math.nan
+        return mean if math.isfinite(mean) else None
+
     def _read(self, train_step: int, totals: Totals) -> None:
         values = jax.device_get(totals)
         for name in ("loss", "gradient_norm"):
@@ -76,6 +90,10 @@ class TrainProgress:
         for name, (total, count) in values.items():
             self._sums[name] += float(total)
             self._counts[name] += float(count)
+        if self._followed:
+            total, count = values[self._followed]
+            self._followed_sum += float(total)
+            self._followed_count += float(count)
         if train_step % self._log_every == 0 or train_step == self._last:
             self._write(train_step)
 

@@ -131,8 +131,8 @@ class TrainProgram:
     clean_lengths: tuple[int, ...]
     compiler_options: Mapping[str, str]
 
-    def lower(self, num_clean: int) -> jax.stages.Lowered:
-        """The traced train step; it takes `(state, batch)` and donates the state."""
+    def trace(self, num_clean: int) -> jax.stages.Traced:
+        """The train step as a jaxpr; it takes `(state, batch)` and donates the state."""
         state_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         jitted = jax.jit(
             lambda state, batch: train_step(state, batch, self.settings, num_clean),
@@ -140,7 +140,12 @@ class TrainProgram:
             out_shardings=(state_shardings, replicated(self.mesh)),
         )
         with activate(self.mesh):
-            return jitted.lower(self.abstract_state, self.abstract_batch)
+            return jitted.trace(self.abstract_state, self.abstract_batch)
+
+    def lower(self, num_clean: int) -> jax.stages.Lowered:
+        """The train step before it is compiled."""
+        with activate(self.mesh):
+            return self.trace(num_clean).lower()
 
     def compile(self, num_clean: int) -> jax.stages.Compiled:
         """The train step as it runs.

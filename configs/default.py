@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of matrix products; all else is float32
     config.model.gradient_dtype = "float32"  # in which devices add up the weights' gradients
     config.model.remat_policy = "dots"  # what the backward pass recomputes: "none", "dots", "full"
-    config.model.split_attention = False  # context rows leave out noised keys: faster on CPUs
+    config.model.attention = "fused"  # or "split" (faster on CPUs), "splash" (a TPU kernel)
     config.model.scan_layers = True  # compile one layer and loop over it
 
     config.factorization = ConfigDict()
@@ -80,6 +80,10 @@ def get_config() -> ConfigDict:
     config.train.log_every = 100  # train steps between lines of the metric log
     config.train.checkpoint_every = 5_000  # train steps between checkpoints
     config.train.keep_checkpoints = 3  # how many of them stay
+    config.train.keep_every = 0  # those of train steps that this divides stay too; 0 for none
+    config.train.keep_best_metric = (
+        ""  # the one where this is lowest stays too: "loss"; "" for none
+    )
     config.train.sample_every = 0  # train steps between sample grids in TensorBoard; 0 for none
 
     config.mesh = ConfigDict()

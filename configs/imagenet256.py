@@ -50,6 +50,8 @@ def get_config(variant: str = "xl") -> ConfigDict:
     config.data.name = "latents"
     config.train.clean_length_buckets = 6
     config.model.update(named_size(variant if variant in SYSTEM_LEVEL else "l"))
+    # Without it v4 waits for every gather of weights; v5e and later take it without effect.
+    config.train.tpu_compiler_options = ("xla_enable_async_all_gather=true",)
     if variant in SYSTEM_LEVEL:
         config.data.size = 16
         config.data.channels = 16

@@ -1,9 +1,7 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: .venv, made once and reused while the lock stays the same.
 
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 # Whether the given command is a Python that the lock was made for. It is run: a pyenv shim may
 # exist without its Python.

@@ -93,10 +93,8 @@ def test_inner_activations(letter):
         for rows in (slice(num_context), slice(num_context, None))
     )
     first_layer = {"params": jax.tree.map(lambda leaf: leaf[0], params(letter)["blocks"])}
-    for split_attention in (False, True):
-        block = Block(
-            module.num_heads, module.mlp_ratio, module.dtype, module.dtype, split_attention
-        )
+    for attention in ("fused", "split"):
+        block = Block(module.num_heads, module.mlp_ratio, module.dtype, module.dtype, attention)
         (output, _), captured = block.apply(
             first_layer, golden["dbg/seq_in"], None, terms, None, capture_intermediates=True
         )

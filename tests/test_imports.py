@@ -11,21 +11,27 @@ REPOSITORY = Path(__file__).parent.parent
 # Rooms from the ground floor up: the modules in each (a package stands for all in it), and the
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
+PROGRAMS = [
+    *("train", "train_progress", "sample", "evaluate", "draw"),
+    *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
+]
 ROOMS = {
     GROUND: (
         [
             *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
-            "checkpoint_folders",
+            *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
+            "preemption",
         ],
         [],
     ),
     "models": (["models", "flops"], [GROUND]),
+    "compiler": (["tpu_topology", "collectives", "compiled_report"], [GROUND, "models"]),
     "objective": (["objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
     "convert": (["convert"], [GROUND, "models"]),
     "storage": (["train_state", "checkpoints"], [GROUND]),
-    "metric log": (["metric_log"], [GROUND]),
+    "metric log": (["metric_log", "metric_files"], [GROUND]),
     "data": (["data"], [GROUND]),
     "evaluation": (["evaluation"], [GROUND, "models", "data"]),
     "pictures": (["visualization"], [GROUND]),
@@ -47,16 +53,15 @@ ROOMS = {
     ),
     "package": ([""], ["sampler"]),
     "programs": (
-        ["train", "train_progress", "sample", "evaluate", "draw"],
+        PROGRAMS,
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
-            "metric log",
+            *("metric log", "compiler"),
             *("data", "evaluation", "pictures", "config", "build", "sampler", "package"),
         ],
     ),
 }
 
-PROGRAMS = ["train", "train_progress", "sample", "evaluate", "draw"]
 # Modules that may import a library; None for all.
 LIBRARIES = {
     "numpy": None,
@@ -65,10 +70,13 @@ LIBRARIES = {
     "tqdm": None,
     "flax": ["sharding", "train_state", "models", "convert", "evaluation"],
     "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
-    "etils": ["checkpoint_folders", "checkpoints"],
+    "etils": [
+        *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
+        *("checkpoints", "metric_log", "metric_files"),
+    ],
     "orbax": ["checkpoints"],
     "ml_collections": ["config_loading", "build", "sampler", *PROGRAMS],
-    "tensorboardX": ["metric_log"],
+    "tensorboardX": ["metric_log", "metric_files"],
     "grain": ["data"],
     "PIL": ["data"],
     "clu": PROGRAMS,
@@ -77,7 +85,10 @@ LIBRARIES = {
 }
 # Of libraries that may be used everywhere, these exceptions: plain data has no devices or flags.
 NOT_IN = {
-    "jax": ["errors", "checkpoint_folders", "diffusion.schedule"],
+    "jax": [
+        *("errors", "paths", "checkpoint_folders", "checkpoint_retention"),
+        "diffusion.schedule",
+    ],
     "absl": ["errors", "rng", "factorization", "diffusion", "models", "objective", "sampling"],
 }
 

@@ -207,8 +207,8 @@ def value_and_grad(module, params, inputs):
         {"remat_policy": "full"},
         {"scan_layers": False},
         {"scan_layers": False, "remat_policy": "dots"},
-        {"split_attention": True},
-        {"split_attention": True, "remat_policy": "dots"},
+        {"attention": "split"},
+        {"attention": "split", "remat_policy": "dots"},
     ],
 )
 def test_scanned_rematerialized_and_split_layers_agree(variant):

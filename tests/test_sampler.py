@@ -157,9 +157,9 @@ def test_a_config_without_a_field_is_refused(workdir, tmp_path):
     shutil.copytree(workdir, run)
     (path,) = run.glob("checkpoints/*/config/config.json")
     config = json.loads(path.read_text())
-    del config["model"]["split_attention"]
+    del config["model"]["attention"]
     path.write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"lacks the field .*split_attention.*config\.json"):
+    with pytest.raises(UserError, match=r"lacks the field .*attention.*config\.json"):
         cfjax.load(run)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from cfjax.models.layers import dense, layer_norm
+from cfjax.models.masks import PackedMask
 
 HEADS = ("batch", "sequence", "activation_heads", "activation_head_width")
 ATTENDED = "attended"  # what attention returns, for policies that keep it for the backward pass
@@ -59,7 +60,7 @@ class Attention(nn.Module):
     """Self-attention of `x [batch, T, D]`, with cached keys and values before its own.
 
     A pair of masks splits the queries: the first n see the first n keys under the first mask,
-    `[batch, n, n]`, the others all keys under the second.
+    `[batch, n, n]`, the others all keys under the second. A packed mask takes splash attention.
 
     Returns `(output [batch, T, D], keys, values)`; keys (after their norm) and values are those of
     `x` alone, `[batch, T, heads, E]`, ready to be cached.
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         cached: tuple[jax.Array, jax.Array] | None,
-        mask: jax.Array | tuple[jax.Array, jax.Array] | None,
+        mask: jax.Array | tuple[jax.Array, jax.Array] | PackedMask | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         width = x.shape[-1]
         head_width = width // self.num_heads
@@ -93,17 +94,21 @@ class Attention(nn.Module):
         queries, keys, values = (
             nn.with_logical_constraint(heads, HEADS) for heads in (queries, keys, values)
         )
-        if isinstance(mask, tuple):
+        if isinstance(mask, PackedMask):
+            # Imported where it is used: it needs names that not every version of jax has.
+            from cfjax.models.splash_attention import splash_attention
+
+            attended = splash_attention(queries, keys, values, mask, HEADS, ATTENDED)
+        elif isinstance(mask, tuple):
             n = mask[0].shape[-1]
             first = attend(queries[:, :n], [keys[:, :n]], [values[:, :n]], mask[0])
             others = attend(queries[:, n:], [keys], [values], mask[1])
-            attended = jnp.concatenate([first, others], axis=1)
+            attended = checkpoint_name(jnp.concatenate([first, others], axis=1), ATTENDED)
         elif cached is not None:
             cached_keys, cached_values = (part.astype(keys.dtype) for part in cached)
             attended = attend(queries, [cached_keys, keys], [cached_values, values], mask)
         else:
-            attended = attend(queries, [keys], [values], mask)
-        attended = checkpoint_name(attended, ATTENDED)
+            attended = checkpoint_name(attend(queries, [keys], [values], mask), ATTENDED)
         output = dense(
             width, ("heads", "head_width", "width"), axis=(-2, -1), **dtypes, name="proj"
         )(attended)

@@ -15,14 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from cfjax.errors import UserError, check_choice
-from cfjax.factorization import (
-    CLEAN,
-    CONDITION,
-    NOISED,
-    MaskTerms,
-    generalized_causal_mask,
-    mask_terms,
-)
+from cfjax.factorization import MaskTerms, generalized_causal_mask
 from cfjax.models.attention import ATTENDED, Attention
 from cfjax.models.layers import (
     LINEAR,
@@ -32,6 +25,7 @@ from cfjax.models.layers import (
     layer_norm,
     sincos_positions,
 )
+from cfjax.models.masks import MaskFunction, PackedMask, sequence_mask_terms
 from cfjax.sharding import constrain, with_logical_axes
 
 REMAT_POLICIES = {
@@ -39,6 +33,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, ATTENDED),
 }
+ATTENTIONS = ("fused", "split", "splash")
 POSITION_EMBEDDINGS = ("learned", "sincos")
 
 # Paper tables 9 and 10; "h48" is the published code's H, whose paper row has 40 layers.
@@ -68,14 +63,15 @@ class KVCache(NamedTuple):
 class Block(nn.Module):
     """Pre-norm transformer block; `cached`, `terms` and `mask` are None where there are none.
 
-    `terms` are those of the condition and clean tokens, then those of the noised tokens.
+    `terms` are those of the condition and clean tokens, then those of the noised tokens, and
+    `attention` is "fused" or "split"; splash attention takes a packed mask instead.
     """
 
     num_heads: int
     mlp_ratio: float
     dtype: Any
     gradient_dtype: Any
-    split_attention: bool
+    attention: str
 
     @nn.compact
     def __call__(
@@ -83,13 +79,13 @@ class Block(nn.Module):
         x: jax.Array,
         cached: tuple[jax.Array, jax.Array] | None,
         terms: tuple[MaskTerms, MaskTerms] | None,
-        mask: jax.Array | None,
+        mask: jax.Array | PackedMask | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         width = x.shape[-1]
         if terms is not None:
             context, noised = terms
             every = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), context, noised)
-            if self.split_attention:
+            if self.attention == "split":
                 mask = (
                     generalized_causal_mask(context, context),
                     generalized_causal_mask(noised, every),
@@ -124,8 +120,10 @@ class CausalFusion(nn.Module):
       scan_layers: compile one layer and loop, instead of unrolling; the parameters are the same.
       remat_policy: what the backward pass recomputes: "none", "dots" (all but linear maps and what
         attention returns) or "full" (all but the layers' inputs).
-      split_attention: in training, attend from condition and clean tokens to these alone, instead of
-        masking the noised keys away: less arithmetic and memory, one more concatenation a layer.
+      attention: of training: "fused" (the mask is computed inside the softmax), "split" (condition
+        and clean tokens attend to these alone, instead of masking the noised keys away: less
+        arithmetic and memory, one more concatenation a layer) or "splash" (a TPU kernel that holds
+        no attention weights in memory; needs an active mesh).
     """
 
     width: int
@@ -142,7 +140,7 @@ class CausalFusion(nn.Module):
     gradient_dtype: Any = jnp.float32
     scan_layers: bool = True
     remat_policy: str = "none"
-    split_attention: bool = False
+    attention: str = "fused"
 
     @property
     def num_tokens(self) -> int:
@@ -161,6 +159,7 @@ class CausalFusion(nn.Module):
 
     def setup(self):
         check_choice("remat policy", self.remat_policy, REMAT_POLICIES)
+        check_choice("attention", self.attention, ATTENTIONS)
         check_choice("position embedding", self.position_embedding, POSITION_EMBEDDINGS)
         if self.width % self.num_heads:
             raise UserError(f"width {self.width} is not divisible by {self.num_heads} heads.")
@@ -212,7 +211,7 @@ class CausalFusion(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(
-            self.num_heads, self.mlp_ratio, self.dtype, self.gradient_dtype, self.split_attention
+            self.num_heads, self.mlp_ratio, self.dtype, self.gradient_dtype, self.attention
         )
 
     def __call__(
@@ -252,19 +251,14 @@ class CausalFusion(nn.Module):
         x = jnp.concatenate([self.condition_tokens(labels), clean, noised], axis=1)
         x = nn.with_logical_constraint(x, ("batch", "sequence", "activation_width"))
 
-        lengths = [self.condition_length, num_clean] + [num_tokens] * copies
-        kinds = [CONDITION, CLEAN] + [NOISED + copy for copy in range(copies)]
-        kinds = jnp.repeat(jnp.array(kinds), jnp.array(lengths), total_repeat_length=sum(lengths))
-        condition_ids = jnp.zeros((batch, self.condition_length), ar_step_ids.dtype)
-        ids = [condition_ids, ar_step_ids[:, :num_clean]] + [ar_step_ids] * copies
-        terms = mask_terms(kinds[None], jnp.concatenate(ids, axis=1), num_tokens)
-        num_context = self.condition_length + num_clean
-        terms = (
-            jax.tree.map(lambda term: term[:, :num_context], terms),
-            jax.tree.map(lambda term: term[:, num_context:], terms),
-        )
-
-        x, _ = self.blocks(x, None, terms, None)
+        # Parameters don't depend on the attention, and no mesh need be active where they are made.
+        if self.attention == "splash" and not self.is_initializing():
+            function = MaskFunction(self.condition_length, num_clean, num_tokens, copies)
+            mask = PackedMask(function.pack(ar_step_ids), function)
+            x, _ = self.blocks(x, None, None, mask)
+        else:
+            terms = sequence_mask_terms(ar_step_ids, self.condition_length, num_clean, copies)
+            x, _ = self.blocks(x, None, terms, None)
         noised = x[:, -copies * num_tokens :]
         return self._predict(noised).reshape(batch, copies, num_tokens, token_width)
 

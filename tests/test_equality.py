@@ -1,0 +1,215 @@
+"""The same run on every mesh: train steps, images and scores, by the programs as they are run.
+
+The runs start from one checkpoint whose parameters are random, so that every part of the model has
+gradients. All is float32; sums over devices add in another order.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+import cfjax
+from cfjax import build, checkpoints, sharding
+from cfjax.config_loading import config_to_json
+from cfjax.data.image_files import read_images
+from cfjax.data.sources import MnistSource
+from cfjax.evaluation import classifier as classifiers
+from cfjax.metric_log import read_metrics
+from cfjax.models.classifier import Classifier
+from cfjax.train import train
+
+NUM_TRAIN_STEPS = 5
+OVERRIDES = {
+    "train__num_train_steps": NUM_TRAIN_STEPS,
+    "train__log_every": 1,
+    "train__checkpoint_every": 1,
+    "train__keep_checkpoints": NUM_TRAIN_STEPS + 1,
+    "optimizer__warmup_steps": 1,  # the first train step only gathers its gradients
+    # With a small ε, Adam makes whole updates of gradients that are rounding alone.
+    "optimizer__eps": 1e-3,
+}
+MESHES = {
+    "data=8": {"data": 8},
+    "fsdp=8": {"data": 1, "fsdp": 8},
+    "data=2,fsdp=2,tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+# Of programs in processes of their own: how many, and the devices of each.
+ONE_DEVICE, TWO_PROCESSES = (1, 1), (2, 4)
+TWO_PROCESSES_MESH = {"data": 2, "fsdp": 4}
+
+
+def run(place, name, *flags):
+    """Runs a program of cfjax by the launcher, which sets the processes and their devices."""
+    num_processes, num_devices = place
+    launcher = ["bash", "launch/local_processes.sh", str(num_processes)]
+    done = subprocess.run(
+        [*launcher, sys.executable, "-m", f"cfjax.{name}", *map(str, flags)],
+        cwd=tiny.REPOSITORY,
+        env=os.environ | {"XLA_FLAGS": "", "DEVICES": str(num_devices)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def mesh_overrides(sizes):
+    return OVERRIDES | {f"mesh__{axis}": size for axis, size in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A checkpoint of train step 0."""
+    config = tiny.config(**OVERRIDES)
+    mesh = sharding.make_mesh()
+    program = build.train_program(config, mesh)
+    init = build.init_state(program.settings.model, program.settings.optimizer)
+    state = sharding.born_sharded(init, mesh, jax.random.key(0))
+    random = tiny.random_params(program.settings.model)
+    random = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), random, state.params)
+    state = state.replace(params=random, ema_params=jax.tree.map(np.copy, random))
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.abstract_state))
+    workdir = tmp_path_factory.mktemp("start")
+    with checkpoints.CheckpointWriter(workdir, keep_last=1) as writer:
+        writer.save(state, config_to_json(config), 0)
+    return workdir
+
+
+@pytest.fixture
+def workdir(start, tmp_path):
+    shutil.copytree(start / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def on_one_device(start, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    shutil.copytree(start / "checkpoints", workdir / "checkpoints")
+    run(ONE_DEVICE, "train", *tiny.flags(**OVERRIDES), f"--workdir={workdir}")
+    return workdir
+
+
+def restored(workdir, train_step):
+    program = build.train_program(tiny.config(**OVERRIDES), sharding.make_mesh())
+    state, examples_seen = checkpoints.restore_state(workdir, program.abstract_state, train_step)
+    assert examples_seen == 16 * train_step
+    return jax.device_get(state)
+
+
+def assert_alike(tree, expected):
+    """Within 1e-4, or 1e-6 of the largest value of all: some gradients are 0 but for rounding."""
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6 * largest, err_msg=name)
+
+
+def assert_same_training(workdir, expected):
+    metrics = [read_metrics(folder) for folder in (workdir, expected)]
+    assert [line["train_step"] for line in metrics[1]] == [1, 2, 3, 4, 5]
+    for line, other in zip(*metrics, strict=True):
+        for name in ("loss", "gradient_norm"):
+            np.testing.assert_allclose(line[name], other[name], rtol=1e-5, err_msg=name)
+    first, last = ([restored(folder, step) for folder in (workdir, expected)] for step in (1, 5))
+    # Adam's first moment after one train step is a tenth of the gradients, clipped.
+    moments = [state.opt_state[1][0].mu for state in first]
+    assert_alike(*moments)
+    for part in ("params", "ema_params"):
+        assert_alike(*(getattr(state, part) for state in last))
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_train_steps_are_the_same_on_a_mesh(on_one_device, workdir, sizes):
+    train(tiny.config(**mesh_overrides(sizes)), workdir)
+    assert_same_training(workdir, on_one_device)
+
+
+@pytest.mark.multiprocess
+def test_train_steps_are_the_same_on_two_processes(on_one_device, workdir):
+    overrides = mesh_overrides(TWO_PROCESSES_MESH)
+    run(TWO_PROCESSES, "train", *tiny.flags(**overrides), f"--workdir={workdir}")
+    assert_same_training(workdir, on_one_device)
+
+
+@pytest.fixture(scope="module")
+def samples(start, tmp_path_factory):
+    """Images of 20 classes in a row, by one device."""
+    out = tmp_path_factory.mktemp("samples") / "one.npz"
+    run(ONE_DEVICE, "sample", *sample_flags(start, out))
+    return read_images(out)
+
+
+def sample_flags(start, out):
+    return [f"--checkpoint={start}", f"--out={out}", "--num_samples=20", "--num_ar_steps=4"]
+
+
+def assert_same_images(images, expected):
+    """But for rounding near the edge of a grey level: 1 of 255, in few pixels."""
+    difference = np.abs(images.astype(int) - expected)
+    assert difference.max() <= 1
+    assert np.mean(difference) < 1e-3
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_samples_are_the_same_on_a_mesh(start, samples, sizes):
+    images, labels = samples
+    sampler = cfjax.load(start, mesh=sharding.make_mesh(**sizes))
+    assert_same_images(sampler.generate(labels, num_ar_steps=4), images)
+
+
+@pytest.mark.multiprocess
+def test_samples_are_the_same_on_two_processes(start, samples, tmp_path):
+    run(TWO_PROCESSES, "sample", *sample_flags(start, tmp_path / "two.npz"), "--fsdp=4")
+    images, labels = read_images(tmp_path / "two.npz")
+    np.testing.assert_array_equal(labels, samples[1])
+    assert_same_images(images, samples[0])
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """What the evaluation finds and need not train: a classifier as it was initialized."""
+    folder = tmp_path_factory.mktemp("scores") / "classifier"
+
+    def untrained(images, labels, num_classes, training):
+        model = Classifier(num_classes)
+        return model.init(jax.random.key(0), images[:1].astype(np.float32))["params"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "fit", untrained)
+        classifiers.load_or_train(folder, MnistSource("train"), MnistSource("held_out"))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_scores_are_the_same_everywhere(start, classifier, tmp_path):
+    """The first of two processes scores what both made."""
+    scores = []
+    for place, mesh_flags in [
+        (ONE_DEVICE, []),
+        ((1, 8), ["--fsdp=2", "--tensor=2"]),
+        (TWO_PROCESSES, ["--fsdp=4"]),
+    ]:
+        out = tmp_path / str(place)
+        shutil.copytree(classifier, out / "classifier")
+        flags = [f"--checkpoint={start}", f"--out={out}", "--num_samples=30", "--ar_steps=1,4"]
+        run(place, "evaluate", *flags, *mesh_flags)
+        scores.append(json.loads((out / "scores.json").read_text()))
+    assert len({score["protocol"]["feature extractor"] for score in scores}) == 1
+    for score in scores[1:]:
+        for row, expected in zip(score["scores"], scores[0]["scores"], strict=True):
+            assert row["name"] == expected["name"]
+            assert row["class_agreement"] == expected["class_agreement"]
+            # Pixels that differ by one grey level move the features by so much.
+            name = "FID-30 (mnist-classifier)"
+            np.testing.assert_allclose(row[name], expected[name], rtol=1e-4)
