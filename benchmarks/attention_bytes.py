@@ -71,12 +71,12 @@ def attention_operation(attention: str, num_tokens: int) -> tuple[Callable[..., 
         context, noised = sequence_mask_terms(ar_step_ids, NUM_CONDITION, num_tokens, 1)
         every = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), context, noised)
         if attention == "fused":
-            return attend(queries, [keys], [values], generalized_causal_mask(every, every))
+            return attend(queries, keys, values, generalized_causal_mask(every, every))
         n = NUM_CONDITION + num_tokens
         mask = generalized_causal_mask(context, context)
-        first = attend(queries[:, :n], [keys[:, :n]], [values[:, :n]], mask)
+        first = attend(queries[:, :n], keys[:, :n], values[:, :n], mask)
         mask = generalized_causal_mask(noised, every)
-        return jnp.concatenate([first, attend(queries[:, n:], [keys], [values], mask)], axis=1)
+        return jnp.concatenate([first, attend(queries[:, n:], keys, values, mask)], axis=1)
 
     return operation, [*qkv, SHAPE((BATCH, num_tokens), jnp.int32)]
 

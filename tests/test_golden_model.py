@@ -120,7 +120,7 @@ def assert_cache(kv_cache, golden, prefix):
     for key in compared:
         layer, name = key.removeprefix(prefix).split("/")
         ours = {"k": kv_cache.keys, "v": kv_cache.values}[name][int(layer.removeprefix("layer"))]
-        assert_close_to_max(ours[:, :length].swapaxes(1, 2), golden[key], RTOL)
+        assert_close_to_max(ours[..., :length].swapaxes(2, 3), golden[key], RTOL)
 
 
 @pytest.mark.parametrize("letter", MODELS)

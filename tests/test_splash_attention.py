@@ -90,7 +90,7 @@ def test_equals_fused_in_output_and_gradients(num_tokens, dtype, tolerance):
             lambda *qkv: splash_attention(*qkv, mask, HEADS, ATTENDED), *arguments
         )
     expected = output_and_gradients(
-        lambda queries, keys, values: attend(queries, [keys], [values], dense), *arguments
+        lambda queries, keys, values: attend(queries, keys, values, dense), *arguments
     )
     for ours, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert ours.dtype == dtype

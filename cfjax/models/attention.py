@@ -1,11 +1,10 @@
 """Multi-head attention with query and key norms, over a KV cache and the tokens at hand."""
 
-from collections.abc import Sequence
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from cfjax.models.layers import dense, layer_norm
@@ -17,28 +16,29 @@ ATTENDED = "attended"  # what attention returns, for policies that keep it for t
 
 def attend(
     queries: jax.Array,
-    keys: Sequence[jax.Array],
-    values: Sequence[jax.Array],
+    keys: jax.Array,
+    values: jax.Array,
     mask: jax.Array | None,
+    cached: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Softmax attention; logits and softmax in float32.
 
     Args:
       queries: `[batch, Q, heads, E]`, already scaled.
-      keys, values: parts `[batch, K_i, heads, E]` of K keys in all, such as a KV cache, which is so
-        read without being copied.
-      mask: bool, True where a query may attend, broadcastable to `[batch, Q, K]`, or None for all.
+      keys, values: `[batch, K, heads, E]`.
+      mask: bool, True where a query may attend, broadcastable to `[batch, Q, N + K]`, or None for
+        all.
+      cached: keys and values before these, `[batch, heads, E, N]`; read without being copied.
 
     Returns:
       `[batch, Q, heads, E]` in the dtype of the values.
     """
     # Heads before tokens, as the matrix products want them.
-    queries, keys, values = jax.tree.map(lambda x: x.swapaxes(1, 2), (queries, keys, values))
-    products = [
-        jnp.einsum("bhqe,bhke->bhqk", queries, part, preferred_element_type=jnp.float32)
-        for part in keys
-    ]
-    logits = jnp.concatenate(products, axis=-1)
+    queries, keys, values = (x.swapaxes(1, 2) for x in (queries, keys, values))
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits = product("bhqe,bhke->bhqk", queries, keys)
+    if cached is not None:
+        logits = jnp.concatenate([product("bhqe,bhen->bhqn", queries, cached[0]), logits], axis=-1)
     if mask is not None:
         logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
     # Divided by their sum only after the product with the values, which is smaller.
@@ -46,14 +46,12 @@ def attend(
     weights = jnp.exp(logits - largest)
     total = weights.sum(axis=-1, keepdims=True)
 
-    ends = np.cumsum([part.shape[2] for part in keys])
-    attended = sum(
-        jnp.einsum(
-            "bhqk,bhke->bhqe", w.astype(part.dtype), part, preferred_element_type=jnp.float32
-        )
-        for w, part in zip(jnp.split(weights, ends[:-1], axis=-1), values, strict=True)
-    )
-    return (attended / total).astype(values[0].dtype).swapaxes(1, 2)
+    weights = weights.astype(values.dtype)
+    num_cached = weights.shape[-1] - keys.shape[2]
+    attended = product("bhqk,bhke->bhqe", weights[..., num_cached:], values)
+    if cached is not None:
+        attended += product("bhqn,bhen->bhqe", weights[..., :num_cached], cached[1])
+    return (attended / total).astype(values.dtype).swapaxes(1, 2)
 
 
 class Attention(nn.Module):
@@ -101,14 +99,13 @@ class Attention(nn.Module):
             attended = splash_attention(queries, keys, values, mask, HEADS, ATTENDED)
         elif isinstance(mask, tuple):
             n = mask[0].shape[-1]
-            first = attend(queries[:, :n], [keys[:, :n]], [values[:, :n]], mask[0])
-            others = attend(queries[:, n:], [keys], [values], mask[1])
+            first = attend(queries[:, :n], keys[:, :n], values[:, :n], mask[0])
+            others = attend(queries[:, n:], keys, values, mask[1])
             attended = checkpoint_name(jnp.concatenate([first, others], axis=1), ATTENDED)
         elif cached is not None:
-            cached_keys, cached_values = (part.astype(keys.dtype) for part in cached)
-            attended = attend(queries, [cached_keys, keys], [cached_values, values], mask)
+            attended = attend(queries, keys, values, mask, cached)
         else:
-            attended = checkpoint_name(attend(queries, [keys], [values], mask), ATTENDED)
+            attended = checkpoint_name(attend(queries, keys, values, mask), ATTENDED)
         output = dense(
             width, ("heads", "head_width", "width"), axis=(-2, -1), **dtypes, name="proj"
         )(attended)

@@ -51,7 +51,8 @@ class KVCache(NamedTuple):
     """Keys and values of the condition and clean tokens so far.
 
     Attributes:
-      keys, values: `[layers, batch, capacity, heads, head_width]`.
+      keys, values: `[layers, batch, heads, head_width, capacity]`: as TPUs hold them without
+        padding narrow heads, and as the products with queries and weights read them.
       length: int32 scalar, how many entries are filled.
     """
 
@@ -282,7 +283,7 @@ class CausalFusion(nn.Module):
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A KV cache with room for `capacity` tokens and none in it."""
         head_width = self.width // self.num_heads
-        shape = (self.depth, batch, capacity, self.num_heads, head_width)
+        shape = (self.depth, batch, self.num_heads, head_width, capacity)
         zeros = jnp.zeros(shape, self.dtype)
         return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
 
@@ -292,13 +293,14 @@ class CausalFusion(nn.Module):
         Tokens of one push see each other and all that the cache holds. It needs room for M more: the
         length may be traced, so that a push past its end is not refused but lands on earlier ones.
         """
-        _, (keys, values) = self._decode(kv_cache, embedded)
-        write = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, None, None))
-        return KVCache(
-            write(kv_cache.keys, keys.astype(kv_cache.keys.dtype), kv_cache.length, 1),
-            write(kv_cache.values, values.astype(kv_cache.values.dtype), kv_cache.length, 1),
-            kv_cache.length + embedded.shape[1],
+        _, new = self._decode(kv_cache, embedded)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(
+                cached, jnp.moveaxis(pushed, 2, 4).astype(cached.dtype), kv_cache.length, axis=4
+            )
+            for cached, pushed in zip(kv_cache[:2], new, strict=True)
         )
+        return KVCache(keys, values, kv_cache.length + embedded.shape[1])
 
     def denoise(
         self, kv_cache: KVCache, x_t: jax.Array, t: jax.Array, grid_indices: jax.Array
@@ -322,7 +324,7 @@ class CausalFusion(nn.Module):
     def _decode(
         self, kv_cache: KVCache, x: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        capacity = kv_cache.keys.shape[2]
+        capacity = kv_cache.keys.shape[-1]
         filled = jnp.arange(capacity) < kv_cache.length
         mask = jnp.concatenate([filled, jnp.ones(x.shape[1], bool)])[None, None]
         return self.blocks(x, (kv_cache.keys, kv_cache.values), None, mask)
