@@ -29,7 +29,7 @@ def main(_: Sequence[str]) -> None:
     key = jax.random.key(config.seed)
     batch_size = config.train.global_batch_size
     with sharding.activate(mesh):
-        params = sharding.born_sharded(build.init_params(model), mesh, key)
+        params = sharding.born_sharded(build.init_sampling_params(model), mesh, key)
         labels = jax.random.randint(key, (batch_size,), 0, config.data.num_classes)
         keys = per_example_keys(key, jnp.arange(batch_size))
         labels, keys = jax.device_put((labels, keys), sharding.batch_sharding(mesh))

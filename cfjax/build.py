@@ -20,7 +20,7 @@ from cfjax.factorization import (
     equal_split_sizes,
     max_clean_tokens,
 )
-from cfjax.models.causal_fusion import CausalFusion
+from cfjax.models.causal_fusion import CausalFusion, in_compute_dtype
 from cfjax.objective import Objective
 from cfjax.optimizer import OptimizerSettings, make_optimizer
 from cfjax.rng import stream_key
@@ -166,6 +166,12 @@ def init_params(model: CausalFusion, num_clean: int = 1) -> Callable[[jax.Array]
         )["params"]
 
     return init
+
+
+def init_sampling_params(model: CausalFusion) -> Callable[[jax.Array], Any]:
+    """`init_params` in the dtypes in which generation holds them."""
+    init = init_params(model)
+    return lambda key: in_compute_dtype(init(key), model.dtype)
 
 
 def init_state(

@@ -14,8 +14,10 @@ from cfjax.collectives import Collective, find_collectives
 from cfjax.flops import counted_flops
 from cfjax.tpu_topology import Chip
 
-# Two ways in which the compiler says that a program needs more memory than there is.
-_USED = re.compile(r"Used ([0-9.]+)([KMGT]?) of [0-9.]+[KMGT]? hbm")
+# The ways in which versions of the compiler say that a program needs more memory than there is.
+_USED = re.compile(
+    r"(?:Used |memory required for HLO temporaries \()([0-9.]+)([KMGT]?)(?: of |\) exceeds )"
+)
 _ALLOCATION = re.compile(r"Allocation \(size=([0-9]+)\) would exceed memory")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 
 from cfjax.models.causal_fusion import CausalFusion
 from cfjax.models.layers import TIMESTEP_FEATURES
@@ -60,11 +61,17 @@ def sampling_flops(
 
 
 def counted_flops(jaxpr: Any) -> int:
-    """Of all matrix products in a jaxpr, on all devices together.
+    """Of all matrix products in a jaxpr whose results are used, on all devices together.
 
     The body of a scan counts as often as it runs, a Pallas kernel for each block of its grid. A
     branch of `cond` counts as if it were taken.
     """
+    # Traces of recomputation hold kernels whose results were saved; no compiler keeps them.
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _flops_of_equations(used)
+
+
+def _flops_of_equations(jaxpr: Any) -> int:
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -74,7 +81,7 @@ def counted_flops(jaxpr: Any) -> int:
             total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
         times = _repetitions(equation)
         for inner_jaxpr in jaxprs_in_params(equation.params):
-            total += times * counted_flops(inner_jaxpr)
+            total += times * _flops_of_equations(inner_jaxpr)
     return total
 
 

@@ -50,7 +50,7 @@ def load(
         ) from error
     mesh = sharding.make_mesh() if mesh is None else mesh
     build.check_mesh_divides_model(config, mesh)
-    abstract = sharding.abstract_sharded(build.init_params(model), mesh, jax.random.key(0))
+    abstract = sharding.abstract_sharded(build.init_sampling_params(model), mesh, jax.random.key(0))
     params = checkpoints.restore_ema(directory, abstract, train_step)
     return Sampler(config, model, params, mesh)
 
@@ -62,7 +62,7 @@ class Sampler:
     Attributes:
       config: of the run that trained it; `config.sampling` holds the defaults of `generate`.
       model: the transformer.
-      params: its parameters, on `mesh`.
+      params: its parameters, on `mesh`, most in the dtype of the matrix products.
       mesh: over which a batch is split.
     """
 
@@ -206,7 +206,7 @@ def trace_generation(
     """The program of `Sampler.generate` for a batch, over devices that may only be described."""
     model = build.sampling_model(config)
     settings, schedule = build.sampling_settings(config)
-    params = sharding.abstract_sharded(build.init_params(model), mesh, jax.random.key(0))
+    params = sharding.abstract_sharded(build.init_sampling_params(model), mesh, jax.random.key(0))
     key = sharding.abstract_sharded(lambda: stream_key(0, "sample"), mesh)
     rows = sharding.batch_sharding(mesh)
     labels, indices = (

@@ -17,7 +17,8 @@ from cfjax.diffusion.schedule import NoiseSchedule
 from cfjax.diffusion.solvers import Solver, denoising_step
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import TOKEN_ORDERS, check_split_sizes, token_order
-from cfjax.models.causal_fusion import CausalFusion, KVCache
+from cfjax.models.causal_fusion import CausalFusion
+from cfjax.models.kv_cache import KVCache
 
 # (AR step, index of the denoising step) -> noise [batch, tokens of the AR step, token_width]
 NoiseAt = Callable[[int | jax.Array, jax.Array], jax.Array]

@@ -32,6 +32,7 @@ LOGICAL_AXIS_RULES = (
     ("classes", None),  # rows of the label table
     ("condition_width", BATCH_AXES),  # its columns: n condition tokens of width D
     ("condition", None),  # condition tokens
+    ("condition_position_width", None),  # whole: a small table, added in float32
     ("tokens", None),  # L, position of an image token
     ("token_width", None),  # values of one image token
     ("features", None),  # sinusoidal features of a timestep

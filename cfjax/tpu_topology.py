@@ -23,7 +23,7 @@ class Chip:
       shape_length: 2 where slices are rectangles, 3 where they are boxes.
       peak_flops: FLOP/s of bfloat16 matrix products, as specified.
       hbm_bandwidth: bytes/s, as specified.
-      hbm_limit: bytes that a program may use, as the compiler (libtpu 0.0.41) states when one needs
+      hbm_limit: bytes that a program may use, as the compiler (libtpu 0.0.42) states when one needs
         more; below the specified HBM by what the system keeps.
     """
 

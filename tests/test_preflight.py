@@ -21,6 +21,10 @@ OUT_OF_MEMORY = (
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of"
     " memory in memory space hbm. Used 30.69G of 15.75G hbm. Exceeded hbm capacity by 14.94G."
 )
+TEMPORARIES = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries"
+    " (25.47G) exceeds available HBM (15.75G)."
+)
 ONE_ARRAY = (
     "RESOURCE_EXHAUSTED: Allocation (size=20006400000) would exceed memory (size=17179869184) ::"
     " %s0 = inlined_call_operand.hbm [shape: bf16[50000,200000], index: 0, kind: input]"
@@ -92,6 +96,7 @@ def test_missing_compiler_is_one_sentence(monkeypatch):
 
 def test_needed_bytes():
     assert compiled_report.needed_bytes(OUT_OF_MEMORY) == round(30.69 * 2**30)
+    assert compiled_report.needed_bytes(TEMPORARIES) == round(25.47 * 2**30)
     assert compiled_report.needed_bytes(ONE_ARRAY) == 20_006_400_000
     assert compiled_report.needed_bytes("INTERNAL: something else") is None
 

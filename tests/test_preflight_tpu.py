@@ -64,7 +64,7 @@ def test_memory_limits_are_the_compilers(chip, topology):
     """Megacore chips have the memory of both cores; the message is one that preflight reads."""
     result = python("-c", TOO_MUCH, topology)
     assert result.returncode == 0, result.stderr
-    stated = re.search(r"of ([0-9.]+)G hbm", result.stdout)
+    stated = re.search(r"(?:of |available HBM \()([0-9.]+)G", result.stdout)
     assert CHIPS[chip].hbm_limit == int(float(stated[1]) * GIB)
     assert needed_bytes(result.stdout) >= 120 * GIB
 

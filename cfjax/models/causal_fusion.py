@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import MaskTerms, generalized_causal_mask
 from cfjax.models.attention import ATTENDED, Attention
+from cfjax.models.kv_cache import KVCache, empty_cache
 from cfjax.models.layers import (
     LINEAR,
     Mlp,
@@ -47,25 +48,26 @@ SIZES = {
 }
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the condition and clean tokens so far.
+class Push(NamedTuple):
+    """What passes from layer to layer where tokens are pushed into the KV cache, in place.
 
     Attributes:
-      keys, values: `[layers, batch, heads, head_width, capacity]`: as TPUs hold them without
-        padding narrow heads, and as the products with queries and weights read them.
-      length: int32 scalar, how many entries are filled.
+      x: the tokens `[batch, M, D]`.
+      kv_cache: written up to `layer`.
+      layer: int32 scalar, the index of the next layer.
     """
 
-    keys: jax.Array
-    values: jax.Array
-    length: jax.Array
+    x: jax.Array
+    kv_cache: KVCache
+    layer: jax.Array
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; `cached`, `terms` and `mask` are None where there are none.
+    """Pre-norm transformer block: `[batch, T, D]` to the same, or `Push` to `Push`.
 
-    `terms` are those of the condition and clean tokens, then those of the noised tokens, and
-    `attention` is "fused" or "split"; splash attention takes a packed mask instead.
+    `cached` are keys and values of the layer that tokens attend to besides each other. `terms` are
+    those of the condition and clean tokens, then those of the noised tokens, and `attention` is
+    "fused" or "split"; splash attention takes a packed mask instead. Each is None where there is none.
     """
 
     num_heads: int
@@ -77,11 +79,14 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        carry: jax.Array | Push,
         cached: tuple[jax.Array, jax.Array] | None,
         terms: tuple[MaskTerms, MaskTerms] | None,
         mask: jax.Array | PackedMask | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array | Push, None]:
+        x = carry
+        if isinstance(carry, Push):
+            x, cached = carry.x, carry.kv_cache.of_layer(carry.layer)
         width = x.shape[-1]
         if terms is not None:
             context, noised = terms
@@ -96,12 +101,16 @@ class Block(nn.Module):
         normed = layer_norm("width", dtype=self.dtype, name="norm1")(x)
         attention = Attention(self.num_heads, self.dtype, self.gradient_dtype, name="attn")
         attended, keys, values = attention(normed, cached, mask)
+        if isinstance(carry, Push):
+            # The cache is read before it is written, or it would be copied to do both.
+            attended, keys, values = jax.lax.optimization_barrier((attended, keys, values))
+            kv_cache = carry.kv_cache.with_written(carry.layer, keys, values)
         x = nn.with_logical_constraint(x + attended, ("batch", "sequence", "activation_width"))
         normed = layer_norm("width", dtype=self.dtype, name="norm2")(x)
         hidden_width = int(self.mlp_ratio * width)
         x = x + Mlp(hidden_width, self.dtype, self.gradient_dtype, name="mlp")(normed)
         x = nn.with_logical_constraint(x, ("batch", "sequence", "activation_width"))
-        return x, None if cached is None else (keys, values)
+        return (Push(x, kv_cache, carry.layer + 1) if isinstance(carry, Push) else x), None
 
 
 class CausalFusion(nn.Module):
@@ -174,7 +183,7 @@ class CausalFusion(nn.Module):
         )
         self.condition_positions = self.param(
             "condition_positions",
-            with_logical_axes(normal, ("condition", "width")),
+            with_logical_axes(normal, ("condition", "condition_position_width")),
             (self.condition_length, self.width),
         )
         sincos = jnp.asarray(sincos_positions(self.width, self.grid), jnp.float32)
@@ -283,9 +292,7 @@ class CausalFusion(nn.Module):
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """A KV cache with room for `capacity` tokens and none in it."""
         head_width = self.width // self.num_heads
-        shape = (self.depth, batch, self.num_heads, head_width, capacity)
-        zeros = jnp.zeros(shape, self.dtype)
-        return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
+        return empty_cache(self.depth, batch, self.num_heads, head_width, capacity, self.dtype)
 
     def extend(self, kv_cache: KVCache, embedded: jax.Array) -> KVCache:
         """The cache after pushing embedded clean or condition tokens `[batch, M, D]`.
@@ -293,14 +300,9 @@ class CausalFusion(nn.Module):
         Tokens of one push see each other and all that the cache holds. It needs room for M more: the
         length may be traced, so that a push past its end is not refused but lands on earlier ones.
         """
-        _, new = self._decode(kv_cache, embedded)
-        keys, values = (
-            jax.lax.dynamic_update_slice_in_dim(
-                cached, jnp.moveaxis(pushed, 2, 4).astype(cached.dtype), kv_cache.length, axis=4
-            )
-            for cached, pushed in zip(kv_cache[:2], new, strict=True)
-        )
-        return KVCache(keys, values, kv_cache.length + embedded.shape[1])
+        mask = self._decoding_mask(kv_cache, embedded)
+        push, _ = self.blocks(Push(embedded, kv_cache, jnp.int32(0)), None, None, mask)
+        return push.kv_cache._replace(length=kv_cache.length + embedded.shape[1])
 
     def denoise(
         self, kv_cache: KVCache, x_t: jax.Array, t: jax.Array, grid_indices: jax.Array
@@ -318,22 +320,34 @@ class CausalFusion(nn.Module):
         """
         embedded = self.clean_image_tokens(x_t, grid_indices)
         embedded = embedded + self.timestep_embedding(t)[:, None]
-        decoded, _ = self._decode(kv_cache, embedded)
+        mask = self._decoding_mask(kv_cache, embedded)
+        decoded, _ = self.blocks(embedded, (kv_cache.keys, kv_cache.values), None, mask)
         return self._predict(decoded)
 
-    def _decode(
-        self, kv_cache: KVCache, x: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        capacity = kv_cache.keys.shape[-1]
-        filled = jnp.arange(capacity) < kv_cache.length
-        mask = jnp.concatenate([filled, jnp.ones(x.shape[1], bool)])[None, None]
-        return self.blocks(x, (kv_cache.keys, kv_cache.values), None, mask)
+    def _decoding_mask(self, kv_cache: KVCache, x: jax.Array) -> jax.Array:
+        """What is filled of the cache, and all of `x`: bool `[1, 1, capacity + M]`."""
+        filled = jnp.arange(kv_cache.capacity) < kv_cache.length
+        return jnp.concatenate([filled, jnp.ones(x.shape[1], bool)])[None, None]
 
     def _gather_positions(self, grid_indices: jax.Array) -> jax.Array:
         return jnp.asarray(self.token_positions)[grid_indices].astype(self.dtype)
 
     def _predict(self, x: jax.Array) -> jax.Array:
         return self.final_projection(self.final_norm(x)).astype(jnp.float32)
+
+
+def in_compute_dtype(params: Any, dtype: Any) -> Any:
+    """The parameters in the dtype in which they are multiplied and looked up, for generation.
+
+    The model computes the same from them, without casting them in every call. Those that it uses in
+    float32, of norms and of the condition tokens' positions, stay float32.
+    """
+
+    def cast(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return leaf if "norm" in name or "condition_positions" in name else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def named_size(name: str) -> dict[str, int]:

@@ -33,6 +33,7 @@ except (ImportError, AttributeError) as error:
     ) from error
 
 LANES = 128  # of a TPU's vector registers: blocks are multiples
+SUBLANES = 16  # of bfloat16
 # Of which scores, keys and values fit into the 16 MiB of fast memory that a v5e gives a kernel.
 MAX_BLOCK = 768  # tokens
 MAX_KEY_BYTES = 3 * MAX_BLOCK * 2  # for each number of the head width: bfloat16 has 2 bytes
@@ -49,16 +50,18 @@ def block_sizes(num_tokens: int, dtype: jnp.dtype) -> BlockSizes:
     num_blocks = -(-num_tokens // (num_parts * MAX_BLOCK)) * num_parts
     block = -(-num_tokens // (num_blocks * LANES)) * LANES
     keys = block * num_blocks // num_parts
+    # A block that is the whole array need not be a multiple of lanes.
+    queries = block if num_blocks > 1 else -(-num_tokens // SUBLANES) * SUBLANES
     # One kernel for all gradients writes those of the queries once for each part of the keys.
     one_backward_kernel = num_parts == 1
     return BlockSizes(
-        block_q=block,
+        block_q=queries,
         block_kv=keys,
         block_kv_compute=block,
-        block_q_dkv=block,
+        block_q_dkv=queries,
         block_kv_dkv=keys,
         block_kv_dkv_compute=block,
-        block_q_dq=None if one_backward_kernel else block,
+        block_q_dq=None if one_backward_kernel else queries,
         block_kv_dq=None if one_backward_kernel else block,
         use_fused_bwd_kernel=one_backward_kernel,
         q_layout=SEQUENCE_MINOR,
@@ -126,13 +129,16 @@ def _attend(
     """`splash_attention` of what one device holds."""
     num_tokens = queries.shape[1]
     sizes = block_sizes(num_tokens, values.dtype)
-    padding = -num_tokens % math.lcm(sizes.block_q, sizes.block_kv)
-    queries, keys, values = (
-        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, padding), (0, 0)))
-        for x in (queries, keys, values)
-    )
     # Padded keys are in nobody's prefix or window; padded queries are cut off.
-    packed = jnp.pad(packed, ((0, 0), (0, padding)))
+    queries, keys, values = (
+        jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -num_tokens % multiple), (0, 0)))
+        for x, multiple in (
+            (queries, sizes.block_q),
+            (keys, sizes.block_kv),
+            (values, sizes.block_kv),
+        )
+    )
+    packed = jnp.pad(packed, ((0, 0), (0, -num_tokens % sizes.block_q)))
 
     def of_example(queries, keys, values, packed):
         mask_info = MaskInfo(None, None, None, None, q_sequence=packed)
