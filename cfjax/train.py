@@ -79,6 +79,11 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         "from scratch" if restored is None else f"resuming after train step {state.train_step}",
     )
 
+    if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
+        logging.warning(
+            "Splash attention is made for TPUs and is interpreted here, very slowly; add"
+            " --config.model.attention=fused."
+        )
     batch_size, num_train_steps = config.train.global_batch_size, config.train.num_train_steps
     first = int(state.train_step)
     train_steps = _compiled(train_program) if first < num_train_steps else {}

@@ -17,7 +17,13 @@ from cfjax.factorization import CLEAN, CONDITION, NOISED, generalized_causal_mas
 from cfjax.flops import counted_flops
 from cfjax.models.attention import ATTENDED, HEADS, attend
 from cfjax.models.masks import MaskFunction, PackedMask
-from cfjax.models.splash_attention import LANES, MAX_BLOCK, block_sizes, splash_attention
+from cfjax.models.splash_attention import (
+    LANES,
+    MAX_BLOCK,
+    SUBLANES,
+    block_sizes,
+    splash_attention,
+)
 
 SPLASH = SMALL.clone(attention="splash")
 ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])
@@ -204,30 +210,32 @@ def test_counted_flops():
             gradient = jax.grad(lambda params: jnp.mean(module.apply(params, **inputs) ** 2))
             return counted_flops(jax.make_jaxpr(gradient)(params).jaxpr)
 
-    def products(length):
-        return 8 * SMALL.depth * 2 * length**2 * SMALL.width
+    def product(num_queries, num_keys):
+        return 8 * SMALL.depth * 2 * num_queries * num_keys * SMALL.width
 
     length = SMALL.condition_length + 12
-    others = counted(SMALL, ONE_DEVICE) - 6 * products(length)
-    expected = others + 7 * products(LANES) + products(LANES) // LANES
+    others = counted(SMALL, ONE_DEVICE) - 6 * product(length, length)
+    padded = -(-length // SUBLANES) * SUBLANES
+    expected = others + 7 * product(padded, LANES) + product(padded, 1)
     assert counted(SPLASH, ONE_DEVICE) == expected
     assert counted(SPLASH, sharding.make_mesh(fsdp=2, tensor=2)) == expected
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "dtype", "block", "keys"),
+    ("num_tokens", "dtype", "queries", "block", "keys"),
     [
-        (13, jnp.bfloat16, 128, 128),
-        (320, jnp.bfloat16, 384, 384),
-        (576, jnp.bfloat16, 640, 640),
-        (1088, jnp.bfloat16, 640, 1280),
-        (2112, jnp.bfloat16, 768, 2304),
-        (2112, jnp.float32, 640, 1280),
-        (5184, jnp.bfloat16, 640, 1920),
+        (13, jnp.bfloat16, 16, 128, 128),
+        (320, jnp.bfloat16, 320, 384, 384),
+        (575, jnp.bfloat16, 576, 640, 640),
+        (1088, jnp.bfloat16, 640, 640, 1280),
+        (2112, jnp.bfloat16, 768, 768, 2304),
+        (2112, jnp.float32, 640, 640, 1280),
+        (5184, jnp.bfloat16, 640, 640, 1920),
     ],
 )
-def test_blocks_follow_from_the_length(num_tokens, dtype, block, keys):
+def test_blocks_follow_from_the_length(num_tokens, dtype, queries, block, keys):
     sizes = block_sizes(num_tokens, dtype)
-    assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (block, keys, block)
+    assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (queries, keys, block)
+    assert (sizes.block_q_dkv, sizes.block_kv_dkv) == (queries, keys)
     assert sizes.has_backward_blocks
     assert block % LANES == 0 and block <= MAX_BLOCK

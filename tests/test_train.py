@@ -66,6 +66,13 @@ def test_an_unknown_metric_is_refused(tmp_path):
         train(tiny.config(train__keep_best_metric="los"), tmp_path)
 
 
+def test_splash_attention_elsewhere_than_on_tpus_is_named(tmp_path, caplog):
+    config = tiny.config(model__attention="splash", model__depth=1, train__num_train_steps=1)
+    with caplog.at_level("WARNING"):
+        train(config, tmp_path)
+    assert "add --config.model.attention=fused" in caplog.text
+
+
 def test_ema_follows_and_parameters_move(uninterrupted):
     _, state = uninterrupted
     final = state.params["final_projection"]["kernel"]
