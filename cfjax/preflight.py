@@ -5,8 +5,8 @@
 
 It compiles the very train step (or, with `--what=sample`, the sampler) and reports what the compiler
 says. Nothing runs, so nothing is measured. Exit code 0 if it fits the chips' memory, 1 if it does
-not, and then it looks for the nearest change that does; 2 for bad input. The compiler comes with
-`pip install 'cfjax[preflight]'`.
+not, and then it looks for the nearest change that does; 2 for bad input; 70 for an error of cfjax
+or the compiler. The compiler comes with `pip install 'cfjax[preflight]'`.
 """
 
 import importlib.metadata
@@ -26,10 +26,23 @@ from cfjax.preflight_report import sample_report, train_report
 from cfjax.preflight_text import report_text
 from cfjax.tpu_topology import CHIPS, describe_devices, parse_topology
 
+_INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h
+
 
 def main(_: Sequence[str]) -> None:
     """Runs the program."""
-    values = flags.FLAGS
+    try:
+        report = _report(flags.FLAGS)
+    except UserError:
+        raise
+    except Exception:  # Python's exit code for it is 1 too
+        sys.excepthook(*sys.exc_info())
+        sys.exit(_INTERNAL_ERROR)
+    _write(report, flags.FLAGS.json)
+    sys.exit(0 if report["fits"] else 1)
+
+
+def _report(values: flags.FlagValues) -> dict[str, Any]:
     check_choice("--what", values.what, ("train", "sample"))
     chip_name, _ = parse_topology(values.topology)
     chip = CHIPS[chip_name]
@@ -66,8 +79,7 @@ def main(_: Sequence[str]) -> None:
         else:
             size = preflight_mends.sample_mend(config, devices, chip, report["batch_size"])
             report["mend"] = size and [f"--batch_size={size}"]
-    _write(report, values.json)
-    sys.exit(0 if report["fits"] else 1)
+    return report
 
 
 def _write(report: dict[str, Any], json_path: str | None) -> None:

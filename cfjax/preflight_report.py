@@ -1,13 +1,14 @@
 """The reports of `cfjax.preflight`: of a config's train step, and of its sampler."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cfjax import build, clean_lengths, sampler, sharding
+from cfjax import build, clean_lengths, sampler, sampling, sharding
 from cfjax.compiled_report import program_report
 from cfjax.flops import sampling_flops
 from cfjax.tpu_topology import Chip
@@ -108,6 +109,12 @@ def sample_report(
             return traced.lower().compile()
 
     report = program_report(traced, compile_program, chip, mesh.size, model_flops)
+    rows = batch_size // mesh.size * (2 if settings.guidance.is_used else 1)
+    capacity = sampling.cache_capacity(model, settings.split_sizes)
+    kv_cache = jax.eval_shape(lambda: model.empty_cache(rows, capacity))
+    report["memory"]["kv_cache"] = sum(
+        math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kv_cache[:2]
+    )
     seconds = model_flops / (assumed_mfu * mesh.size * chip.peak_flops)
     params = jax.eval_shape(build.init_params(model), jax.random.key(0))
     return {

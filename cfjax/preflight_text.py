@@ -49,6 +49,8 @@ def _program_lines(program: Mapping[str, Any]) -> list[str]:
             f"memory       {'fits' if program['fits'] else 'DOES NOT FIT'}: peak"
             f" {memory['peak'] / _GIB:.2f} of {limit} a chip ({parts})"
         )
+    if "kv_cache" in memory:
+        lines.append(f"             a KV cache of {memory['kv_cache'] / _GIB:.2f} GiB a chip")
     lines += [
         f"FLOPs        model {_scaled(flops['model'])}, counted {_scaled(flops['counted'])}, ratio"
         f" {flops['ratio']:.3f}",

@@ -7,7 +7,7 @@ AR steps before, which the KV cache holds; then its own tokens are pushed into t
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -176,10 +176,8 @@ def generate_from_noise(
     guidance = settings.guidance
     batch, num_tokens = order.shape
     start_noise = jnp.take_along_axis(start_noise, order[..., None], axis=1)
-    runs = [(size, len(list(same))) for size, same in itertools.groupby(settings.split_sizes)]
-    # A single last AR step is never pushed into the cache.
-    last_size, last_count = runs[-1]
-    capacity = model.condition_length + num_tokens - (last_size if last_count == 1 else 0)
+    runs = _runs(settings.split_sizes)
+    capacity = cache_capacity(model, settings.split_sizes)
     kv_cache = prefill(model, params, labels, capacity, guidance)
 
     def ar_step(kv_cache, index, begin, size, push=True):
@@ -227,15 +225,28 @@ def generate_from_noise(
     return tokens, Trajectory(order, x_t, x_start) if record else None
 
 
+def _runs(split_sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(size, count) of AR steps of one size in a row: each run is one loop."""
+    return [(size, len(list(same))) for size, same in itertools.groupby(split_sizes)]
+
+
+def cache_capacity(model: CausalFusion, split_sizes: Sequence[int]) -> int:
+    """Tokens for which `generate` makes room in the KV cache."""
+    # The last AR step is pushed only where it is one of a loop.
+    last_size, last_count = _runs(split_sizes)[-1]
+    return model.condition_length + model.num_tokens - (last_size if last_count == 1 else 0)
+
+
 def prefill(
     model: CausalFusion, params: Any, labels: jax.Array, capacity: int, guidance: Guidance
 ) -> KVCache:
     """The KV cache of the condition tokens alone, with room for `capacity` tokens.
 
-    With guidance the batch doubles: labels, then null classes.
+    With guidance the batch doubles: each label, followed by the null class. So both rows of an image
+    are on the same device.
     """
     if guidance.is_used:
-        labels = jnp.concatenate([labels, jnp.full_like(labels, model.null_class)])
+        labels = jnp.stack([labels, jnp.full_like(labels, model.null_class)], axis=1).reshape(-1)
 
     def fill(model, labels):
         kv_cache = model.empty_cache(labels.shape[0], capacity)
@@ -297,7 +308,8 @@ def guided_prediction(
     )
     if not guidance.is_used:
         return prediction
-    conditional, unconditional = prediction[:batch], prediction[batch:]
+    prediction = prediction.reshape(batch, copies, *prediction.shape[1:])
+    conditional, unconditional = prediction[:, 0], prediction[:, 1]
     low, high = guidance.interval
     scale = jnp.where((low <= t) & (t < high), guidance.scale, 1.0)
     return unconditional + scale * (conditional - unconditional)
@@ -343,4 +355,4 @@ def denoise_tokens(
 
 
 def _repeat(x: jax.Array, copies: int) -> jax.Array:
-    return jnp.concatenate([x] * copies) if copies > 1 else x
+    return jnp.repeat(x, copies, axis=0) if copies > 1 else x
