@@ -82,7 +82,7 @@ def make_mesh(
     axis_types = (AxisType.Auto,) * 3
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=axis_types, devices=devices)
+        return Mesh(_arranged(shape, devices), MESH_AXES, axis_types=axis_types)
     if shape[0] % num_slices:
         raise UserError(
             f"mesh data={shape[0]} does not divide over {num_slices} slices; use a multiple of"
@@ -92,6 +92,14 @@ def make_mesh(
     across = (num_slices, 1, 1)
     arranged = mesh_utils.create_hybrid_device_mesh(within, across, devices=devices)
     return Mesh(arranged, MESH_AXES, axis_types=axis_types)
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """One slice's devices, so that those along a mesh axis are neighbours."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # no mesh axis is made of whole axes of the torus: 4 x 16 of 8 x 8
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 @contextlib.contextmanager
