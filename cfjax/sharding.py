@@ -5,6 +5,7 @@ name is split. The same code runs on one device, on several, and on several proc
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -81,25 +82,23 @@ def make_mesh(
     # Logical constraints fail under the explicit axes that newer jax makes by default.
     axis_types = (AxisType.Auto,) * 3
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if num_slices == 1:
-        return Mesh(_arranged(shape, devices), MESH_AXES, axis_types=axis_types)
     if shape[0] % num_slices:
         raise UserError(
             f"mesh data={shape[0]} does not divide over {num_slices} slices; use a multiple of"
             f" {num_slices}, so that each slice holds whole copies."
         )
-    within = (shape[0] // num_slices, *shape[1:])
-    across = (num_slices, 1, 1)
-    arranged = mesh_utils.create_hybrid_device_mesh(within, across, devices=devices)
-    return Mesh(arranged, MESH_AXES, axis_types=axis_types)
-
-
-def _arranged(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """One slice's devices, so that those along a mesh axis are neighbours."""
+    if num_slices == 1:
+        arrange = functools.partial(mesh_utils.create_device_mesh, shape, devices)
+    else:
+        within, across = (shape[0] // num_slices, *shape[1:]), (num_slices, 1, 1)
+        arrange = functools.partial(
+            mesh_utils.create_hybrid_device_mesh, within, across, devices=devices
+        )
     try:
-        return mesh_utils.create_device_mesh(shape, devices)
-    except NotImplementedError:  # no mesh axis is made of whole axes of the torus: 4 x 16 of 8 x 8
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        arranged = arrange()
+    except NotImplementedError:  # a mesh axis is not whole axes of the torus: 4 x 16 of 8 x 8
+        arranged = arrange(allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=axis_types)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,10 @@ import jax
 import pytest
 import tiny
 
-from cfjax import build, compiled_report, preflight_mends, sharding
+from cfjax import build, compiled_report, preflight, preflight_mends, sampler, sharding
+from cfjax.config_loading import load_config
 from cfjax.errors import UserError
+from cfjax.flops import counted_flops, sampling_flops
 from cfjax.preflight_report import sample_report, train_report
 from cfjax.preflight_text import report_text
 from cfjax.tpu_topology import CHIPS, describe_devices, parse_topology
@@ -163,6 +165,9 @@ def test_sample_report():
     assert report["batch_size"] == 8
     (program,) = report["programs"]
     assert program["fits"]
+    capacity = config.model.num_condition_tokens + 16  # two AR steps of 8 are one loop
+    values = config.model.depth * 4 * capacity * config.model.width  # 8 images on 4 devices, twice
+    assert program["memory"]["kv_cache"] == 2 * 4 * values
     assert 1.0 <= program["flops"]["ratio"] < 1.3  # attention runs over the whole cache
     assert report["assumption"]["images_per_second"] > 0
     json.dumps(report)
@@ -292,6 +297,31 @@ def test_sample_mend_halves_the_batch(monkeypatch):
     assert mend(64) == 8
     largest = 0
     assert mend(64) is None
+
+
+def test_an_internal_error_is_not_a_model_that_does_not_fit(monkeypatch, capsys):
+    def fail(_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(preflight, "_report", fail)
+    with pytest.raises(SystemExit) as exit_info:
+        preflight.main([])
+    assert exit_info.value.code == 70
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_ar_steps", [1, 2, 4, 8])
+def test_the_sampler_computes_little_that_it_drops(num_ar_steps):
+    """XL with guidance: attention to the unfilled part of the KV cache is at most 4% of all FLOPs."""
+    config = load_config(str(tiny.CONFIGS / "imagenet256.py:xl"))
+    config.sampling.update({"num_ar_steps": num_ar_steps, "guidance_scale": 1.5})
+    batch_size, mesh = 256, sharding.make_mesh(devices=jax.devices()[:4])
+    settings, schedule = build.sampling_settings(config)
+    exact = batch_size * sampling_flops(
+        build.sampling_model(config), settings.split_sizes, schedule.num_timesteps, guided=True
+    )
+    traced = sampler.trace_generation(config, mesh, batch_size)
+    assert exact <= counted_flops(traced.jaxpr.jaxpr) <= 1.04 * exact
 
 
 def run(*arguments, **overrides):

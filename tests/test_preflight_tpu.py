@@ -125,11 +125,31 @@ def test_xl_with_eight_images_a_chip():
 
 
 @pytest.mark.slow
-def test_gathers_on_v4_are_asynchronous():
+@pytest.mark.parametrize("topology", ["v4:2x2x2", "v5p:2x2x2", "v6e:4x2"])
+def test_gathers_on_other_chips_are_asynchronous(topology):
     report = preflight(
         "configs/imagenet256.py:xl",
-        "--topology=v4:2x2x2",
+        f"--topology={topology}",
         "--config.mesh.fsdp=4",
         "--config.train.global_batch_size=64",
     )
     assert all(it["async_count"] == it["count"] for it in gathers_in_loops(report))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ar_steps", [2, 8])
+def test_xl_sampler(num_ar_steps):
+    """Little memory but the KV cache of 256 images with guidance, in chunks of 128 or 32 tokens."""
+    report = preflight(
+        "configs/imagenet256.py:xl",
+        "--topology=v5e:2x2",
+        "--what=sample",
+        "--batch_size=256",
+        f"--config.sampling.num_ar_steps={num_ar_steps}",
+        "--config.sampling.guidance_scale=1.5",
+    )
+    (program,) = report["programs"]
+    memory = program["memory"]
+    assert memory["kv_cache"] == 2 * 32 * 128 * 320 * 1280 * 2
+    assert memory["peak"] - memory["code"] <= memory["state"] + 1.5 * memory["kv_cache"]
+    assert not any(it["in_loop"] for it in program["collectives"])

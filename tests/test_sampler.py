@@ -19,6 +19,7 @@ from cfjax.config_loading import config_to_json
 from cfjax.errors import UserError
 from cfjax.optimizer import make_optimizer
 from cfjax.rng import per_example_keys, stream_key
+from cfjax.sampler import Sampler
 
 L = 16
 
@@ -124,6 +125,27 @@ def test_cached_generation_equals_the_training_forward_pass(sampler):
     expected = jnp.concatenate([x[-1] for x in trajectory.x_start], axis=1)
     np.testing.assert_allclose(jnp.clip(predicted, -1, 1), expected, atol=1e-4)
     np.testing.assert_allclose(expected, clean, atol=1e-5)  # DDIM ends at the predicted x_0
+
+
+def test_parameters_in_the_compute_dtype_give_the_same_image(workdir):
+    """Generation holds the parameters in bfloat16 if it multiplies in bfloat16."""
+    config = tiny.config(model__dtype="bfloat16")
+    model, mesh = build.sampling_model(config), sharding.make_mesh()
+    whole, cast = (
+        checkpoints.restore_ema(
+            workdir, sharding.abstract_sharded(init(model), mesh, jax.random.key(0))
+        )
+        for init in (build.init_params, build.init_sampling_params)
+    )
+    kept = {leaf.dtype.name for leaf in jax.tree.leaves(cast)}
+    assert kept == {"bfloat16", "float32"}
+    assert cast["blocks"]["mlp"]["fc1"]["kernel"].dtype == jnp.bfloat16
+    assert cast["final_norm"]["scale"].dtype == jnp.float32
+    images = [
+        Sampler(config, model, params, mesh).generate([3, 1], num_ar_steps=4)
+        for params in (whole, cast)
+    ]
+    np.testing.assert_array_equal(*images)
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,23 @@ class DescribedDevice:
     process_index: int = 0
     platform: str = "tpu of another kind"
     device_kind: str = "described"
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def test_a_mesh_axis_may_be_a_part_of_an_axis_of_the_torus():
+    """fsdp=16 on 8 x 8 chips."""
+    devices = [
+        DescribedDevice(8 * y + x, slice_index=0, platform="tpu", coords=(x, y, 0))
+        for y in range(8)
+        for x in range(8)
+    ]
+    mesh = sharding.make_mesh(fsdp=16, devices=devices)
+    assert mesh.shape == {"data": 4, "fsdp": 16, "tensor": 1}
+    for group in mesh.devices[:, :, 0]:
+        near = {device.coords for device in group}
+        for x, y, _ in near:  # each has a neighbour in its group
+            assert near & {((x + 1) % 8, y, 0), ((x - 1) % 8, y, 0)}
 
 
 def test_data_goes_across_slices():

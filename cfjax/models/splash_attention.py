@@ -5,7 +5,6 @@ split. Elsewhere than on TPUs the kernels are interpreted: slow, for tests.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
