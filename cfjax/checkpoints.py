@@ -1,6 +1,6 @@
 """Checkpoints that describe themselves: saved asynchronously and atomically, restored anywhere.
 
-The only importer of orbax. A checkpoint is the folder `<workdir>/checkpoints/<train step>`, which
+A checkpoint is the folder `<workdir>/checkpoints/<train step>`, which
 appears under its name only when everything in it is written:
 
 | item | content |
@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from cfjax import checkpoint_folders, checkpoint_metadata, sharding
+from cfjax import checkpoint_folders, checkpoint_metadata, processes, sharding
 from cfjax.checkpoint_folders import (
     CorruptCheckpoint,
     document_name,
@@ -225,7 +225,7 @@ def _set_aside(directory: str | PathLike, damaged: list[tuple[int, str]], whole:
                 place,
                 whole,
             )
-    sharding.wait_for_all_processes()
+    processes.wait_for_all("damaged checkpoints set aside")
 
 
 def _is_so_somewhere(mine: bool) -> bool:

@@ -18,7 +18,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 import cfjax
-from cfjax import build, program
+from cfjax import build, processes, program
 from cfjax.checkpoint_folders import find
 from cfjax.config_loading import define_config_flag
 from cfjax.data.image_files import read_images
@@ -62,6 +62,7 @@ def evaluate(
       protocol: what is known of the samples, to stand beside the scores.
     """
     if jax.process_index() != 0:
+        processes.wait_for_all("the classifier")
         for _, batches in samples:
             collections.deque(batches, maxlen=0)
         return None
@@ -69,6 +70,7 @@ def evaluate(
     classifier = load_or_train(out / "classifier", train, held_out)
     real, _ = classifier.features(all_images(train)[0])
     reference, floor = FeatureStatistics.of(real), floor_distance(real)
+    processes.wait_for_all("the classifier")
     scores = []
     for name, batches in samples:
         scored = ((*classifier.features(images), labels) for images, labels in batches)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.core import meta
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cfjax.errors import UserError
@@ -277,15 +277,6 @@ def assemble_global_batch(local_batch: Any, mesh: Mesh) -> Any:
       The tree of global arrays `[global_batch_size, ...]`.
     """
     return jax.make_array_from_process_local_data(batch_sharding(mesh), local_batch)
-
-
-def wait_for_all_processes() -> None:
-    """Returns when all processes have called this.
-
-    Before the first train step, as CPUs that meet there for the first time wait for 30 s only.
-    """
-    if jax.process_count() > 1:
-        multihost_utils.process_allgather(np.int32(0))
 
 
 def check_batch_divides(

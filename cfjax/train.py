@@ -19,7 +19,7 @@ from absl import flags, logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from cfjax import build, checkpoints, clean_lengths, preemption, program, sharding
+from cfjax import build, checkpoints, clean_lengths, preemption, processes, program, sharding
 from cfjax.config_loading import changed_keys, config_to_json, define_config_flag
 from cfjax.data.images import to_uint8
 from cfjax.data.loader import TrainLoader
@@ -87,7 +87,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     batch_size, num_train_steps = config.train.global_batch_size, config.train.num_train_steps
     first = int(state.train_step)
     train_steps = _compiled(train_program) if first < num_train_steps else {}
-    sharding.wait_for_all_processes()
+    processes.wait_for_all("the first train step")
     lengths = clean_lengths.clean_lengths(
         train_program.settings.objective.factorization,
         train_program.settings.model.num_tokens,

@@ -20,7 +20,7 @@ ROOMS = {
         [
             *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
             *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
-            "preemption",
+            *("preemption", "processes"),
         ],
         [],
     ),
@@ -74,7 +74,7 @@ LIBRARIES = {
         *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
         *("checkpoints", "metric_log", "metric_files"),
     ],
-    "orbax": ["checkpoints"],
+    "orbax": ["checkpoints", "processes"],
     "ml_collections": ["config_loading", "build", "sampler", *PROGRAMS],
     "tensorboardX": ["metric_log", "metric_files"],
     "grain": ["data"],
