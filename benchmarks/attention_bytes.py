@@ -7,7 +7,8 @@ memory, as the compiler counts them, and no speed. Each case compiles in a proce
 The operation is the attention of CausalFusion-XL (20 heads of width 64) for 8 images in bfloat16, at
 256x256 pixels (64 condition, 256 clean and 256 noised tokens) and at 512x512 (64, 1024 and 1024);
 "mask" is the baseline: two products around a softmax, with a [T, T] mask that is given as an array.
-The block is a whole layer of XL at 256x256.
+The block is a whole layer of XL at 256x256; the step a whole train step of it for 8 images on each of
+16 chips, in which the compiler counts each loop over the layers once.
 """
 
 import json
@@ -20,14 +21,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 
-from cfjax import sharding
+from cfjax import build, sharding
+from cfjax.config_loading import load_config
 from cfjax.factorization import generalized_causal_mask
 from cfjax.models.attention import ATTENDED, HEADS, attend
 from cfjax.models.causal_fusion import Block, named_size
 from cfjax.models.masks import MaskFunction, PackedMask, sequence_mask_terms
 from cfjax.models.splash_attention import splash_attention
+from cfjax.tpu_topology import describe_devices
 
 CASES = (
     *(
@@ -35,21 +37,12 @@ CASES = (
         for size in (256, 512)
         for attention in ("mask", "fused", "split", "splash")
     ),
-    *(f"block_{attention}" for attention in ("fused", "split", "splash")),
+    *(
+        f"{what}_{attention}"
+        for what in ("block", "step")
+        for attention in ("fused", "split", "splash")
+    ),
 )
-# Set before libtpu is loaded: no look-ups of a TPU VM's metadata, no logs, no lock.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 BATCH, NUM_CONDITION = 8, 64
 NUM_TOKENS = {"256": 256, "512": 1024, "block": 256}
 XL = named_size("xl")
@@ -110,12 +103,31 @@ def block_operation(attention: str, num_tokens: int) -> tuple[Callable[..., Any]
 def measure(case: str) -> dict[str, Any]:
     """Compiles a case: bytes accessed, temporary and peak memory, in MiB."""
     what, attention = case.split("_")
+    compiled = compiled_step(attention) if what == "step" else compiled_operation(what, attention)
+    memory = compiled.memory_analysis()
+    return {
+        "case": case,
+        "bytes_accessed_mib": compiled.cost_analysis()["bytes accessed"] / 2**20,
+        "temporary_mib": memory.temp_size_in_bytes / 2**20,
+        "peak_mib": memory.peak_memory_in_bytes / 2**20,
+    }
+
+
+def compiled_step(attention: str) -> jax.stages.Compiled:
+    """The train step of XL with the most clean tokens, on 16 chips."""
+    config = load_config("configs/imagenet256.py:xl")
+    config.model.attention = attention
+    config.mesh.fsdp = 4
+    config.train.global_batch_size = 16 * BATCH
+    program = build.train_program(config, build.mesh(config, describe_devices("v5e:4x4")))
+    return program.compile(program.clean_lengths[-1])
+
+
+def compiled_operation(what: str, attention: str) -> jax.stages.Compiled:
+    """Forward and backward pass of attention alone, or of a block, on one chip."""
     make = block_operation if what == "block" else attention_operation
     operation, shapes = make(attention, NUM_TOKENS[what])
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=(1, 1, 1)
-    )
-    mesh = sharding.make_mesh(devices=topology.devices)
+    mesh = sharding.make_mesh(devices=describe_devices("v5e:1x1"))
 
     def forward_and_backward(cotangent, differentiated, mask):
         output, pullback = jax.vjp(lambda *args: operation(*args, mask), *differentiated)
@@ -126,14 +138,7 @@ def measure(case: str) -> dict[str, Any]:
         arguments = jax.tree.map(
             lambda x: SHAPE(x.shape, x.dtype, sharding=sharding.replicated(mesh)), arguments
         )
-        compiled = jax.jit(forward_and_backward).lower(*arguments).compile()
-    memory = compiled.memory_analysis()
-    return {
-        "case": case,
-        "bytes_accessed_mib": compiled.cost_analysis()["bytes accessed"] / 2**20,
-        "temporary_mib": memory.temp_size_in_bytes / 2**20,
-        "peak_mib": memory.peak_memory_in_bytes / 2**20,
-    }
+        return jax.jit(forward_and_backward).lower(*arguments).compile()
 
 
 def measure_in_process(case: str, timeout: float = 600.0) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def measure_in_process(case: str, timeout: float = 600.0) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.attention_bytes", f"--case={case}"]
     run = subprocess.run(
         command,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         text=True,
         timeout=timeout,

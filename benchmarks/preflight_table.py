@@ -23,27 +23,32 @@ GIB = 2**30
 
 XL = "--config=configs/imagenet256.py:xl"
 XL512 = "--config=configs/imagenet512.py"
-FSDP = "--config.mesh.fsdp=16"
 # Name of a row -> arguments of cfjax.preflight.
 ROWS = {
-    "L 256²": ["--config=configs/imagenet256.py:l", "--topology=v5e:16x16", FSDP],
-    "XL 256²": [XL, "--topology=v5e:16x16", FSDP],
-    "H 256², 40 layers": ["--config=configs/imagenet256.py:h", "--topology=v5e:16x16", FSDP],
-    "XL/2 512²": [XL512, "--topology=v5e:16x16", FSDP],
+    "L 256²": ["--config=configs/imagenet256.py:l", "--topology=v5e:16x16"],
+    "XL 256²": [XL, "--topology=v5e:16x16"],
+    "H 256², 40 layers": ["--config=configs/imagenet256.py:h", "--topology=v5e:16x16"],
+    "XL/2 512²": [XL512, "--topology=v5e:16x16"],
     "XL/1 512², 1024 tokens": [
-        *(XL512, "--topology=v5e:16x16", FSDP),
-        *("--config.model.patch_size=1", "--config.model.remat_policy=full"),
+        *(XL512, "--topology=v5e:16x16", "--config.model.patch_size=1"),
+        "--config.model.remat_policy=full",
     ],
-    "XL 256² on v4": [XL, "--topology=v4:4x4x8", FSDP],
-    "XL 256² on v5p": [XL, "--topology=v5p:4x4x4", FSDP],
-    "XL 256² on v6e": [XL, "--topology=v6e:8x8", FSDP],
-    "XL 256², two slices": [XL, "--topology=v5e:16x16", "--slices=2", FSDP],
+    "XL 256² on v4": [XL, "--topology=v4:4x4x8"],
+    "XL 256² on v5p": [XL, "--topology=v5p:4x4x4"],
+    "XL 256² on v6e": [XL, "--topology=v6e:8x8"],
+    "XL 256², two slices": [XL, "--topology=v5e:16x16", "--slices=2"],
     "XL 256², batch 128": [
         *(XL, "--topology=v5e:4x4", "--config.mesh.fsdp=4", "--config.train.global_batch_size=128")
     ],
-    "XL 256², remat none": [
-        *(XL, "--topology=v5e:16x16", FSDP, "--config.model.remat_policy=none")
-    ],
+    "XL 256², remat none": [XL, "--topology=v5e:16x16", "--config.model.remat_policy=none"],
+}
+
+SAMPLER = [
+    *(XL, "--topology=v5e:2x2", "--what=sample", "--batch_size=256"),
+    "--config.sampling.guidance_scale=1.5",
+]
+SAMPLER_ROWS = {
+    f"S = {count}": [*SAMPLER, f"--config.sampling.num_ar_steps={count}"] for count in (1, 2, 4, 8)
 }
 
 
@@ -51,16 +56,17 @@ def main(_: Sequence[str]) -> None:
     """Runs what is missing and writes the table."""
     folder = Path(flags.FLAGS.results)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (name, arguments) in enumerate(ROWS.items()):
+    every = ROWS | SAMPLER_ROWS
+    for number, (name, arguments) in enumerate(every.items()):
         path = folder / f"{number}.json"
         if flags.FLAGS.fresh or _arguments_of(path) != arguments:
             print(f"{name}: {' '.join(arguments)}", flush=True)
             path.write_text(json.dumps({"arguments": arguments, **run_preflight(arguments)}))
-    results = [json.loads((folder / f"{number}.json").read_text()) for number in range(len(ROWS))]
+    results = [json.loads((folder / f"{number}.json").read_text()) for number in range(len(every))]
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(list(ROWS), results)}{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n{tables(results)}{END}{after}")
 
 
 def _arguments_of(path: Path) -> list[str] | None:
@@ -88,16 +94,27 @@ def run_preflight(arguments: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, with a line on what compiled it and what that took."""
+def tables(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of train steps, then samplers, with a line on what compiled them and what that took."""
+    reports = [result["report"] for result in results]
     lines = [
         "| run | chips, mesh (data, fsdp, tensor) | batch | HBM a chip, GiB: peak of limit = state +"
         " activations + code | counted / model FLOPs | train step at peak FLOP/s, at least |"
         " gathers in loops, asynchronous | largest collective |",
         "|---|---|---|---|---|---|---|---|",
-        *(_row(name, result["report"]) for name, result in zip(names, results, strict=True)),
+        *(_row(name, report) for name, report in zip(ROWS, reports, strict=False)),
+        "",
+        "The sampler of XL with guidance, 256 images at a time on v5e:2x2:",
+        "",
+        "| AR steps | HBM a chip, GiB: peak of limit = state + activations + code | of the activations,"
+        " KV cache | counted / model FLOPs | collectives in loops | batch at peak FLOP/s, at least |",
+        "|---|---|---|---|---|---|",
+        *(
+            _sampler_row(name, report)
+            for name, report in zip(SAMPLER_ROWS, reports[len(ROWS) :], strict=True)
+        ),
     ]
-    versions = {tuple(result["report"]["versions"].items()) for result in results}
+    versions = {tuple(report["versions"].items()) for report in reports}
     compilers = " and ".join(
         ", ".join(f"{name} {version}" for name, version in pairs) for pairs in sorted(versions)
     )
@@ -111,13 +128,30 @@ def table(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _hbm(memory: Mapping[str, Any]) -> str:
+    parts = " + ".join(f"{memory[it] / GIB:.2f}" for it in ("state", "activations", "code"))
+    return f"{memory['peak'] / GIB:.2f} of {memory['limit'] / GIB:.2f} = {parts}"
+
+
+def _sampler_row(name: str, report: Mapping[str, Any]) -> str:
+    (program,) = report["programs"]
+    memory, flops = program["memory"], program["flops"]
+    cells = [
+        name,
+        _hbm(memory),
+        f"{memory['kv_cache'] / GIB:.2f}",
+        f"{flops['ratio']:.3f}",
+        str(sum(row["count"] for row in program["collectives"] if row["in_loop"])),
+        f"{flops['lower_limit_seconds']:.0f} s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def _row(name: str, report: Mapping[str, Any]) -> str:
     (program,) = report["programs"]
     memory, flops = program["memory"], program["flops"]
-    limit = f"{memory['limit'] / GIB:.2f}"
     if program["fits"]:
-        parts = " + ".join(f"{memory[it] / GIB:.2f}" for it in ("state", "activations", "code"))
-        hbm = f"{memory['peak'] / GIB:.2f} of {limit} = {parts}"
+        hbm = _hbm(memory)
         gathers = [
             row for row in program["collectives"] if row["kind"] == "all-gather" and row["in_loop"]
         ]
@@ -131,7 +165,9 @@ def _row(name: str, report: Mapping[str, Any]) -> str:
         largest = f"{top['kind']} {top['dtype']}, {top['bytes'] / 1e6:.1f} MB, {where}"
     else:
         mend = f"`{' '.join(report['mend'])}` fits" if report["mend"] else "no mend found"
-        hbm = f"**does not fit**: {memory['needed'] / GIB:.2f} of {limit}; {mend}"
+        hbm = (
+            f"**does not fit**: {memory['needed'] / GIB:.2f} of {memory['limit'] / GIB:.2f}; {mend}"
+        )
         overlap = largest = "-"
     slices = f"{report['num_slices']} × " if report["num_slices"] > 1 else ""
     mesh = ", ".join(map(str, report["mesh"].values()))

@@ -1,7 +1,6 @@
 """Checks a run on TPUs that need not be there, with the real TPU compiler, on any machine:
 
-    python -m cfjax.preflight --config configs/imagenet256.py:xl --config.mesh.fsdp=16 \
-        --topology v5e:16x16
+    python -m cfjax.preflight --config configs/imagenet256.py:xl --topology v5e:16x16
 
 It compiles the very train step (or, with `--what=sample`, the sampler) and reports what the compiler
 says. Nothing runs, so nothing is measured. Exit code 0 if it fits the chips' memory, 1 if it does

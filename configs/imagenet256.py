@@ -1,7 +1,7 @@
 """ImageNet at 256x256 in latents: the paper's system-level models and its ablations.
 
     python -m cfjax.train --config configs/imagenet256.py:xl --workdir gs://bucket/runs/xl \
-        --config.data.path=gs://bucket/imagenet256-kl16 --config.mesh.fsdp=16
+        --config.data.path=gs://bucket/imagenet256-kl16
 
 Variants (paper tables 9 and 10; FID as the paper reports it):
 
@@ -50,6 +50,7 @@ def get_config(variant: str = "xl") -> ConfigDict:
     config.data.name = "latents"
     config.train.clean_length_buckets = 6
     config.model.update(named_size(variant if variant in SYSTEM_LEVEL else "l"))
+    config.mesh.fsdp = 16  # chips over which the state is split; on fewer, their number
     # Fewest bytes and FLOPs in the compiled train step (docs/preflight.md).
     config.model.attention = "splash"
     # With these, gathers of weights overlap with all other work in a layer. Without the first a v4

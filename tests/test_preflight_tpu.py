@@ -96,7 +96,7 @@ def test_two_slices():
 
 @pytest.mark.slow
 def test_xl_on_a_pod():
-    report = preflight("configs/imagenet256.py:xl", "--topology=v5e:16x16", "--config.mesh.fsdp=16")
+    report = preflight("configs/imagenet256.py:xl", "--topology=v5e:16x16")
     (program,) = report["programs"]
     assert report["num_chips"] == 256 and report["num_parameters"] == 713_988_368
     assert program["memory"]["peak"] < 6 * GIB
