@@ -140,6 +140,17 @@ def check_workdir_writable(workdir: str | PathLike) -> None:
         raise UserError(f"cannot make the workdir {workdir}: {error.strerror}.") from error
 
 
+def keep_compiled(workdir: str | PathLike) -> None:
+    """On TPUs, keeps compiled programs in the workdir, so that a restart need not compile them again.
+
+    Not elsewhere: what is compiled for one CPU may not run on another. `JAX_COMPILATION_CACHE_DIR`
+    names another place. To be called before anything is compiled.
+    """
+    if jax.default_backend() == "tpu" and jax.config.jax_compilation_cache_dir is None:
+        folder = absolute(workdir) / "compilation_cache"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def define_distributed_flags() -> None:
     """Defines the flags that `initialize_distributed` reads."""
     flags.DEFINE_bool(

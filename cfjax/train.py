@@ -1,7 +1,7 @@
 """Trains a model: `python -m cfjax.train --config configs/mnist.py --workdir runs/mnist`.
 
 The same command resumes; after a kill the run ends with the very bits it would have had. The
-workdir holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+workdir holds `checkpoints/`, `metrics.jsonl` and `tensorboard/`, and on TPUs `compilation_cache/`.
 
 SIGTERM, the notice of a preemption, saves after the train step at hand, on all processes after the
 same one, and exits with code 75: "start me again". When the newest checkpoint is damaged, the run
@@ -174,6 +174,7 @@ def main(_: Sequence[str]) -> None:
     """Runs the program."""
     preemption.listen()
     program.initialize_distributed()
+    program.keep_compiled(flags.FLAGS["workdir"].value)
     train(flags.FLAGS["config"].value, flags.FLAGS["workdir"].value)
 
 

@@ -265,3 +265,19 @@ def test_workdir_that_is_a_file_is_refused(tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="file is a file; pass another"):
             program.check_workdir_writable(workdir)
+
+
+@pytest.mark.parametrize(
+    ("backend", "before", "after"),
+    [("cpu", None, None), ("tpu", None, "compilation_cache"), ("tpu", "elsewhere", "elsewhere")],
+)
+def test_compiled_programs_are_kept_on_tpus(tmp_path, monkeypatch, backend, before, after):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    chosen = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", before)
+        program.keep_compiled(tmp_path)
+        kept = jax.config.jax_compilation_cache_dir
+    finally:
+        jax.config.update("jax_compilation_cache_dir", chosen)
+    assert kept == (str(tmp_path / after) if after == "compilation_cache" else after)
