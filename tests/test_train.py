@@ -116,7 +116,7 @@ def program_environment():
 @pytest.mark.slow
 def test_killed_five_times_ends_with_the_same_bits(tmp_path):
     """SIGKILL at random moments, of saves too (every train step saves)."""
-    flags = tiny.flags(train__num_train_steps=400, train__checkpoint_every=1)
+    flags = tiny.flags(train__num_train_steps=150, train__checkpoint_every=1)
 
     def command(workdir):
         return [sys.executable, "-m", "cfjax.train", *flags, f"--workdir={workdir}"]
@@ -141,9 +141,9 @@ def test_killed_five_times_ends_with_the_same_bits(tmp_path):
     assert in_a_save, "no kill fell into a save"
     for workdir in (killed, whole):
         subprocess.run(command(workdir), check=True, stderr=subprocess.DEVNULL, **places)
-    config = tiny.config(train__num_train_steps=400)
+    config = tiny.config(train__num_train_steps=150)
     ends = [restored(workdir, config)[0] for workdir in (killed, whole)]
-    assert int(ends[0].train_step) == 400
+    assert int(ends[0].train_step) == 150
     assert_same_bits(*ends)
     lines = [
         [(line["train_step"], line["loss"]) for line in read_metrics(workdir)]
