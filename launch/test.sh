@@ -3,7 +3,7 @@
 #
 #   bash launch/test.sh [--all] [pytest arguments, paths from the repository's root]
 #
-# --all also installs the packages of requirements-oracle.txt and runs what is marked slow or
+# --all also installs the packages of requirements-oracle.txt and runs what is marked slow, long or
 # oracle; a test marked oracle that skips fails then. PYTHON names the Python to make .venv with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,6 +15,6 @@ if [ "${1:-}" = --all ]; then
   export CFJAX_REQUIRE_ORACLES=1
 else
   prepare_venv requirements-test.txt
-  set -- -m "not slow and not oracle" "$@"
+  set -- -m "not slow and not long and not oracle" "$@"
 fi
 exec .venv/bin/python -m pytest "$@"

@@ -26,7 +26,7 @@ def test_a_mask_from_ids_is_cheaper_than_an_array(attention):
     assert bytes_accessed(f"256_{attention}") < 0.85 * bytes_accessed("256_mask")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_train_step_with_splash_attention_moves_fewest_bytes():
     """Why the configs for ImageNet take it."""
     steps = {name: bytes_accessed(f"step_{name}") for name in ("fused", "split", "splash")}

@@ -12,7 +12,7 @@ from cfjax.metric_log import read_metrics
 SAVED_AT, LAST = 3, 7  # train steps
 EPOCH = LAST * runs.BATCH  # as `faulty_train.py record_epoch` cuts the data
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = [pytest.mark.long, pytest.mark.multiprocess]
 
 
 def train(folder, num_processes, num_devices, last):

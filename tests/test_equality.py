@@ -190,7 +190,7 @@ def classifier(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_scores_are_the_same_everywhere(start, classifier, tmp_path):
     """The first of two processes scores what both made."""

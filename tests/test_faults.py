@@ -22,7 +22,7 @@ FOREVER = {"train__num_train_steps": 100_000, "train__checkpoint_every": 5, "tra
 SHORT = {"train__checkpoint_every": 5, "train__log_every": 1}
 TWO = {"num_processes": 2, "num_devices": 2}
 
-pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+pytestmark = [pytest.mark.long, pytest.mark.multiprocess]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -43,7 +43,7 @@ def test_tests_install_once(clone):
     assert code == 0, output
     assert log[0] == f"{clone.parent}/bin/python3.12 -m venv --clear .venv"
     assert log[1].endswith("-r requirements-test.txt") and log[2].endswith("--no-deps -e .")
-    pytest_call = f"{clone}||-m|pytest|-m|not slow and not oracle|-k|two words|"
+    pytest_call = f"{clone}||-m|pytest|-m|not slow and not long and not oracle|-k|two words|"
     assert log[3:] == [pytest_call]
 
     code, output, log = run(clone, "launch/test.sh", "-k", "two words")
@@ -120,10 +120,10 @@ def test_quickstart_runs_every_program(clone):
     assert code == 1 and len(log) == 2  # what follows a failure is not run
 
 
-def test_ci_checks_style_then_runs_all_tests(clone):
+def test_ci_checks_style_then_runs_all_tests_but_the_long_ones(clone):
     code, output, log = run(clone, ".ci/run")
     assert code == 0, output
     calls = [line.split("|", 2)[2] for line in log if "|" in line]
-    assert calls == ["-m|ruff|check|.|", "-m|ruff|format|--check|.|", "-m|pytest|"]
+    assert calls == ["-m|ruff|check|.|", "-m|ruff|format|--check|.|", "-m|pytest|-m|not long|"]
     assert run(clone, ".ci/run", FAIL_MODULE="ruff")[0] == 1
     assert run(clone, ".ci/run", FAIL_MODULE="pytest")[0] == 1

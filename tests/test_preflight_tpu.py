@@ -94,7 +94,7 @@ def test_two_slices():
     assert report["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_xl_on_a_pod():
     report = preflight("configs/imagenet256.py:xl", "--topology=v5e:16x16")
     (program,) = report["programs"]
@@ -111,7 +111,7 @@ def test_xl_on_a_pod():
     assert program["largest_collective"]["bytes"] <= 64e6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_xl_with_eight_images_a_chip():
     report = preflight(
         "configs/imagenet256.py:xl",
@@ -124,7 +124,7 @@ def test_xl_with_eight_images_a_chip():
     assert program["flops"]["ratio"] <= 1.03
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("topology", ["v4:2x2x2", "v5p:2x2x2", "v6e:4x2"])
 def test_gathers_on_other_chips_are_asynchronous(topology):
     report = preflight(
@@ -136,7 +136,7 @@ def test_gathers_on_other_chips_are_asynchronous(topology):
     assert all(it["async_count"] == it["count"] for it in gathers_in_loops(report))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("num_ar_steps", [2, 8])
 def test_xl_sampler(num_ar_steps):
     """Little memory but the KV cache of 256 images with guidance, in chunks of 128 or 32 tokens."""

@@ -22,7 +22,7 @@ print(multihost_utils.process_allgather(jax.numpy.int32(process_id)).tolist(), f
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_one_process_may_work_alone():
     environment = os.environ | {

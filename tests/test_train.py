@@ -66,6 +66,7 @@ def test_an_unknown_metric_is_refused(tmp_path):
         train(tiny.config(train__keep_best_metric="los"), tmp_path)
 
 
+@pytest.mark.slow
 def test_splash_attention_elsewhere_than_on_tpus_is_named(tmp_path, caplog):
     config = tiny.config(model__attention="splash", model__depth=1, train__num_train_steps=1)
     with caplog.at_level("WARNING"):
@@ -113,7 +114,7 @@ def program_environment():
     return os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_five_times_ends_with_the_same_bits(tmp_path):
     """SIGKILL at random moments, of saves too (every train step saves)."""
     flags = tiny.flags(train__num_train_steps=150, train__checkpoint_every=1)
@@ -208,6 +209,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted):
     assert checkpoints.train_steps(uninterrupted[0]) == [3, 6]
 
 
+@pytest.mark.slow
 def test_trains_on_ones_own_pictures(tmp_path):
     rng = np.random.default_rng(0)
     for label in ("cat", "dog"):

@@ -34,6 +34,7 @@ def run(config, mesh, num_train_steps=2):
     return state, totals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_sizes", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_microbatches_change_rounding_alone(mesh_sizes):
     devices = jax.devices()[: np.prod(list(mesh_sizes.values()))]
@@ -53,6 +54,7 @@ def test_microbatches_change_rounding_alone(mesh_sizes):
         np.testing.assert_allclose(totals_of_parts[name][1], count, err_msg=name)
 
 
+@pytest.mark.slow
 def test_microbatches_hold_fewer_activations():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     temporary = {}
@@ -97,6 +99,7 @@ def test_gradients_of_weights_are_made_in_their_dtype(dtype):
     assert set(made) == {short[dtype]}
 
 
+@pytest.mark.slow
 def test_gradient_dtype_leaves_float32_alone_and_bfloat16_near():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     results = {}
