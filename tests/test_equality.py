@@ -25,6 +25,8 @@ from cfjax.metric_log import read_metrics
 from cfjax.models.classifier import Classifier
 from cfjax.train import train
 
+pytestmark = pytest.mark.slow
+
 NUM_TRAIN_STEPS = 5
 OVERRIDES = {
     "train__num_train_steps": NUM_TRAIN_STEPS,
