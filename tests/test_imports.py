@@ -20,7 +20,7 @@ ROOMS = {
         [
             *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
             *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
-            *("preemption", "processes"),
+            *("preemption", "processes", "tensor_files"),
         ],
         [],
     ),
@@ -29,6 +29,7 @@ ROOMS = {
     "objective": (["objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
+    "autoencoder files": (["autoencoder_files"], [GROUND, "models"]),
     "convert": (["convert"], [GROUND, "models"]),
     "storage": (["train_state", "checkpoints"], [GROUND]),
     "metric log": (["metric_log", "metric_files"], [GROUND]),
@@ -68,7 +69,7 @@ LIBRARIES = {
     "jax": None,
     "absl": None,
     "tqdm": None,
-    "flax": ["sharding", "train_state", "models", "convert", "evaluation"],
+    "flax": ["sharding", "train_state", "models", "autoencoder_files", "convert", "evaluation"],
     "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
     "etils": [
         *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
