@@ -90,6 +90,10 @@ class TensorFile(Mapping[str, np.ndarray]):
         """Shapes by name; reads nothing more."""
         return {name: shape for name, (_, shape, _, _) in self._entries.items()}
 
+    def dtypes(self) -> dict[str, str]:
+        """Names of dtypes by name; reads nothing more."""
+        return {name: dtype.name for name, (dtype, _, _, _) in self._entries.items()}
+
 
 def write_tensors(
     path: str | PathLike,
