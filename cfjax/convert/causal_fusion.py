@@ -77,11 +77,12 @@ def params_from_published(
     if "token_positions" not in flat:
         check_frozen_positions(published[POSITION_TABLE], grid)
     result = {}
-    for path, shape in flat.items():
-        names = published_names(path, shape.shape[0])
-        arrays = [_to_ours(name, np.asarray(published[name])) for name in names]
-        array = np.stack(arrays) if path.startswith("blocks/") else arrays[0]
-        result[path] = array.reshape(shape.shape).astype(shape.dtype)
+    for path, leaf in flat.items():
+        result[path] = np.empty(leaf.shape, leaf.dtype)
+        # Filled in place, as a list of layers would be in memory besides their stack.
+        layers = result[path] if path.startswith("blocks/") else [result[path]]
+        for name, layer in zip(published_names(path, leaf.shape[0]), layers, strict=True):
+            layer[...] = _to_ours(name, np.asarray(published[name])).reshape(layer.shape)
     return flax.traverse_util.unflatten_dict(result, sep="/")
 
 
