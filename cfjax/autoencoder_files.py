@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -35,7 +36,8 @@ class Autoencoder:
 
     Attributes:
       module: encodes and decodes.
-      params: float32 NumPy arrays, which stay on disk until they are used.
+      params: float32 NumPy arrays, on disk until they are used; `jax.device_put` keeps them on a
+        device, where every call would bring them else.
       checksum: sha256 of the weights, by which manifests of encoded images name the autoencoder.
     """
 
@@ -113,6 +115,7 @@ def config_of(module: AutoencoderKL) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def flat_shapes(module: AutoencoderKL) -> Mapping[str, tuple[int, ...]]:
     """Shapes of the parameters by path, sorted; computes nothing."""
     images = jnp.zeros((1, module.downsampling, module.downsampling, module.image_channels))

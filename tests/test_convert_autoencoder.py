@@ -1,6 +1,7 @@
 """Autoencoders in files of safetensors, to ours and back; no torch is needed."""
 
 import json
+import sys
 
 import golden_vae
 import jax
@@ -157,6 +158,13 @@ def test_places_are_checked(tmp_path):
         convert(tmp_path / "nothing", tmp_path / "ours", "--from=diffusers")
     with pytest.raises(UserError, match="there is no autoencoder"):
         convert(source.parent, tmp_path / "back", "--to=diffusers")
+
+
+def test_files_of_torch_need_torch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "kl16.ckpt").touch()
+    with pytest.raises(UserError, match=r"need the package torch; install"):
+        convert(tmp_path / "kl16.ckpt", tmp_path / "ours", "--from=mar")
 
 
 def test_a_prefix_is_found_and_the_rest_left_out_and_named(tmp_path):

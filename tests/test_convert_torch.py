@@ -111,8 +111,11 @@ def test_converted_checkpoint_samples_and_knows_its_config(tmp_path):
     assert sampler.model.clone(dtype=np.float32) == golden_data.model(
         "A", attention="splash", remat_policy=config.model.remat_policy, dtype=np.float32
     )
-    (remark,) = json.loads((ours / "conversion.json").read_text())["remarks"]
-    assert "width 64, depth 3, num_heads 4, " in remark and "num_classes 10;" in remark
+    report = json.loads((ours / "conversion.json").read_text())
+    sizes, left_out = report["remarks"]
+    assert "width 64, depth 3, num_heads 4, " in sizes and "num_classes 10;" in sizes
+    assert left_out == "Left out: 3 names, as they are not weights."
+    assert list(report["left_out"]) == ["opt", "args", "epoch"]
 
 
 @pytest.mark.parametrize("section", ["model", "ema", None])
@@ -139,7 +142,7 @@ def test_larger_images_interpolate_the_position_table(tmp_path):
     larger = [f"--config={CONFIG}", "--config.data.size=16", *SIZES_OF_A]
     ours = convert(source, tmp_path / "run", "--from=published", *larger)
     remarks = json.loads((ours / "conversion.json").read_text())["remarks"]
-    assert remarks == [
+    assert remarks[1:] == [
         "The position table of 8x8 tokens is interpolated bicubically to the 16x16 of the config."
     ]
     back = torch.load(convert(ours, tmp_path / "back.pt", "--to=published"), weights_only=True)
@@ -167,7 +170,8 @@ def test_frozen_positions_give_way_to_those_of_larger_images(tmp_path):
     sizes += ["--config.data.size=16"]
     ours = convert(source, tmp_path / "run", "--from=published", *sizes)
     assert "token_positions" not in checkpoints.restore_ema(ours)
-    (remark,) = json.loads((ours / "conversion.json").read_text())["remarks"]
+    same, remark = json.loads((ours / "conversion.json").read_text())["remarks"]
+    assert "same, as the file has one" in same
     assert "4x4 tokens is the frozen sin-cos table, and gives way to that of 8x8" in remark
     spoiled = save(tmp_path / "spoiled.pt", tensors(other(published_params("B"))))
     with pytest.raises(UserError, match="differs from the frozen"):

@@ -103,12 +103,12 @@ def _files_of(source: Path, source_format: str) -> Path:
 def _published_to_ours(
     source: Path, out: Path, config: ConfigDict | None, allow_pickle: bool, report: Report
 ) -> None:
-    open_sections = functools.partial(transformer.open_published, source, allow_pickle)
+    open_file = functools.partial(transformer.open_published, source, allow_pickle)
     if config is None:
-        config = _inferred_config(open_sections()["ema"].shapes(), report)
+        config = _inferred_config(open_file().sections["ema"].shapes(), report)
     model = build.model(config)
     transformer.to_ours(
-        open_sections, model, config_to_json(config), _abstract_params(model), out, report
+        open_file, model, config_to_json(config), _abstract_params(model), out, report
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from cfjax.checkpoint_folders import short_reason
 from cfjax.errors import UserError
 
 _ALIGNMENT = 64
@@ -68,9 +69,8 @@ def read(path: str | PathLike, allow_pickle: bool = False) -> Any:
             " if you trust whoever made it, pass --allow_pickle, else take another file."
         ) from error
     except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"the file {path} cannot be read ({reason[:100]}); fetch it again."
+            f"the file {path} cannot be read ({short_reason(error)}); fetch it again."
         ) from error
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
@@ -23,15 +23,27 @@ SECTIONS = {"ema": "ema", "model": "params"}
 _LATENT_CHANNELS = 16  # of KL-16, which the published models have
 
 
-def open_published(path: str | PathLike, allow_pickle: bool) -> dict[str, StateDict]:
-    """State dicts by section: "model" and "ema" of a published checkpoint, or one as both.
+class Published(NamedTuple):
+    """What a published file has.
+
+    Attributes:
+      sections: state dicts of "model" and "ema"; where the file has one of them, it is both.
+      others: names of what else is in the file.
+    """
+
+    sections: Mapping[str, StateDict]
+    others: list[str]
+
+
+def open_published(path: str | PathLike, allow_pickle: bool) -> Published:
+    """A published checkpoint, or a state dict.
 
     Raises:
       UserError: the file cannot be read, or has no weights in it.
     """
     document = torch_files.read(path, allow_pickle)
     if torch_files.is_state_dict(document):
-        return {section: StateDict(document) for section in SECTIONS}
+        return Published(dict.fromkeys(SECTIONS, StateDict(document)), [])
     if not isinstance(document, Mapping):
         document = {}
     found = {
@@ -46,7 +58,8 @@ def open_published(path: str | PathLike, allow_pickle: bool) -> dict[str, StateD
             " CausalFusion or its state dict."
         )
     either = next(iter(found.values()))
-    return {section: found.get(section, either) for section in SECTIONS}
+    sections = {section: found.get(section, either) for section in SECTIONS}
+    return Published(sections, [str(name) for name in document if name not in found])
 
 
 def infer_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -93,7 +106,7 @@ def infer_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def to_ours(
-    open_sections: Callable[[], Mapping[str, StateDict]],
+    open_file: Callable[[], Published],
     model: CausalFusion,
     config_json: str,
     abstract_params: Any,
@@ -103,8 +116,8 @@ def to_ours(
     """Writes a checkpoint of the published weights.
 
     Args:
-      open_sections: what `open_published` returns; called once for each section, so that the pages
-        of a file that is mapped are let go between.
+      open_file: makes what `open_published` returns; called once for each section, so that the
+        pages of a file that is mapped are let go between.
       model: of our side.
       config_json: the config that makes it.
       abstract_params: its parameters, as `ShapeDtypeStruct`s on one device.
@@ -115,13 +128,18 @@ def to_ours(
       UserError: weights are missing, extra or misshapen; they are listed.
     """
     expected = causal_fusion.published_shapes(abstract_params, model.grid)
-    for state_dict in open_sections().values():
+    published = open_file()
+    report.leave_out(dict.fromkeys(published.others, "they are not weights"))
+    if published.sections["model"] is published.sections["ema"]:
+        report.say("Parameters and their average are the same, as the file has one of the two.")
+    for state_dict in published.sections.values():
         shapes = state_dict.shapes()
         table = shapes.get(POSITION_TABLE)
         if _is_other_grid(table, expected[POSITION_TABLE]):
             shapes[POSITION_TABLE] = expected[POSITION_TABLE]
         check_names_and_shapes(shapes, expected, causal_fusion.MEND)
     report.say_casts(state_dict.dtypes().values())
+    del published, state_dict
     if table != expected[POSITION_TABLE]:
         side, (rows, columns) = math.isqrt(table[1]), model.grid
         how = "interpolated bicubically to the"
@@ -134,7 +152,7 @@ def to_ours(
 
     def make(section):
         def arrays():
-            published = dict(open_sections()[section])
+            published = dict(open_file().sections[section])
             table = published[POSITION_TABLE]
             if table.shape != expected[POSITION_TABLE]:
                 published[POSITION_TABLE] = _on_grid(table, model)
