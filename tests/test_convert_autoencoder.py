@@ -156,6 +156,8 @@ def test_places_are_checked(tmp_path):
         convert(source, source, "--from=diffusers")
     with pytest.raises(UserError, match="there is no"):
         convert(tmp_path / "nothing", tmp_path / "ours", "--from=diffusers")
+    with pytest.raises(UserError, match=r"--out=gs://bucket/x must be on disk"):
+        convert(source, "gs://bucket/x", "--from=diffusers")
     with pytest.raises(UserError, match="there is no autoencoder"):
         convert(source.parent, tmp_path / "back", "--to=diffusers")
 

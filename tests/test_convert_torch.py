@@ -5,6 +5,8 @@ import fractions
 import json
 import os
 import pickle
+import sys
+import types
 import zipfile
 
 import golden_data
@@ -226,6 +228,16 @@ def test_other_objects_are_read_by_choice(tmp_path):
         convert(source, tmp_path / "run", "--from=published")
     ours = convert(source, tmp_path / "run", "--from=published", "--allow_pickle")
     assert checkpoints.train_steps(ours) == [0]
+
+
+def test_objects_of_missing_code_are_named(tmp_path, monkeypatch):
+    module = types.ModuleType("lightning_of_old")
+    module.Callback = type("Callback", (), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    source = save(tmp_path / "x.pt", checkpoint_of("A") | {"callback": module.Callback()})
+    monkeypatch.delitem(sys.modules, module.__name__)
+    with pytest.raises(UserError, match=r"not installed .*lightning_of_old"):
+        convert(source, tmp_path / "run", "--from=published", "--allow_pickle")
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1000], lambda data: b"", lambda data: b"x"])

@@ -42,6 +42,7 @@ from cfjax.config_loading import (
 from cfjax.convert import autoencoder, transformer
 from cfjax.convert.report import REPORT_FILE, Report, checksum
 from cfjax.errors import UserError, check_choice
+from cfjax.paths import is_cloud
 
 OURS, PUBLISHED = "cfjax", "published"
 FORMATS = (OURS, PUBLISHED, *autoencoder.FORMATS)
@@ -59,6 +60,11 @@ def main(_: Sequence[str]) -> None:
         raise UserError(
             f"--from={source_format} --to={target_format} must have {OURS} on one side."
         )
+    for name in ("source", "out"):
+        if is_cloud(values[name]):
+            raise UserError(
+                f"--{name}={values[name]} must be on disk; copy from there or to there."
+            )
     source, out = Path(values["source"]), Path(values["out"])
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} is there already; pass a new --out or remove it.")

@@ -68,6 +68,11 @@ def read(path: str | PathLike, allow_pickle: bool = False) -> Any:
             f"the file {path} holds objects {what}, and reading them could run code that is in it;"
             " if you trust whoever made it, pass --allow_pickle, else take another file."
         ) from error
+    except (ImportError, AttributeError) as error:  # of pickled objects, with --allow_pickle
+        raise UserError(
+            f"the file {path} holds objects of code that is not installed ({short_reason(error)});"
+            " install what it names, or take a file with weights alone."
+        ) from error
     except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
         raise UserError(
             f"the file {path} cannot be read ({short_reason(error)}); fetch it again."
