@@ -6,7 +6,7 @@ one.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import Any
 
@@ -89,23 +89,37 @@ def write(
 
 
 def arrays_by_path(
-    directory: str | PathLike, name: str, paths: Sequence[str], train_step: int | None = None
+    directory: str | PathLike, name: str, abstract_params: Any, train_step: int | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields paths and arrays of "params" or "ema" of a checkpoint, one in memory at a time.
+    """Paths and arrays of "params" or "ema" of a checkpoint, one in memory at a time.
 
     Raises:
-      UserError: there is no such checkpoint, or it is corrupt (`CorruptCheckpoint`).
+      UserError: there is no such checkpoint, it is corrupt (`CorruptCheckpoint`), or it is of another
+        architecture.
     """
     folder = checkpoint_folders.find(directory, train_step)
     item, above = PLACES[name]
     saved = read_document(folder, "metadata")["arrays"][item]
+    described = {
+        path.removeprefix(f"{above}/"): entry
+        for path, entry in saved.items()
+        if path.startswith(above)
+    }
+    checkpoint_metadata.check_architecture(folder, item, described, abstract_params)
+    return _arrays(folder, item, above, described)
+
+
+def _arrays(
+    folder: epath.Path, item: str, above: str, described: Mapping[str, list]
+) -> Iterator[tuple[str, np.ndarray]]:
     place = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     with contextlib.closing(
         ocp.CompositeCheckpointHandler(**{item: ocp.PyTreeCheckpointHandler()})
     ) as handler:
-        for path in paths:
-            full = f"{above}/{path}" if above else path
-            target = checkpoint_metadata.abstract_tree({full: saved[full]}, place)
+        for path, entry in described.items():
+            target = checkpoint_metadata.abstract_tree(
+                {f"{above}/{path}" if above else path: entry}, place
+            )
             args = ocp.args.PyTreeRestore(
                 item=target,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(target),

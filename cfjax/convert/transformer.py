@@ -181,8 +181,8 @@ def to_published(
     """Writes a `.pt` with "model" and "ema" that the published code loads.
 
     Raises:
-      UserError: there is no such checkpoint, it is corrupt, or the model is none that the published
-        code has.
+      UserError: there is no such checkpoint, it is corrupt or of another architecture than `model`,
+        or the model is none that the published code has.
     """
     if model.condition_repeats != 1:
         raise UserError(
@@ -190,12 +190,14 @@ def to_published(
             " not have; only models with 1 can be written for it."
         )
     shapes = causal_fusion.published_shapes(abstract_params, model.grid)
-    paths = list(flax.traverse_util.flatten_dict(abstract_params, sep="/"))
+    leaves = {
+        section: checkpoint_weights.arrays_by_path(workdir, ours, abstract_params, train_step)
+        for section, ours in SECTIONS.items()
+    }
 
     def arrays():
-        for section, ours in SECTIONS.items():
-            of_leaves = checkpoint_weights.arrays_by_path(workdir, ours, paths, train_step)
-            for path, value in of_leaves:
+        for section in SECTIONS:
+            for path, value in leaves[section]:
                 for name, array in causal_fusion.leaf_to_published(path, value, shapes):
                     yield section, name, array
             if model.position_embedding != "learned":
