@@ -39,6 +39,12 @@ def write(folder, arrays, config=None):
     return folder
 
 
+def assert_same_arrays(before, after):
+    assert set(before) == set(after)
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+
+
 CONFIG = {"_class_name": "AutoencoderKL", "scaling_factor": 0.2325, "norm_num_groups": 32}
 
 
@@ -51,13 +57,23 @@ def test_published_to_ours_and_back_bit_for_bit(tmp_path, layout):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, golden_vae.params())
     back = convert(ours, tmp_path / "back", f"--to={layout}")
     before, after = (TensorFile(path / autoencoder.DIFFUSERS_WEIGHTS) for path in (source, back))
-    assert set(before) == set(after)
-    for name in before:
-        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+    assert_same_arrays(before, after)
     config = json.loads((back / "config.json").read_text())
     assert config["scaling_factor"] == 0.2325
     assert config["down_block_types"] == ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"]
     assert config["up_block_types"] == ["UpDecoderBlock2D"] * 5
+
+
+@pytest.mark.parametrize(("source_format", "scale"), [("mar", 0.2325), ("ldm", 0.18215)])
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_names_of_latent_diffusion(tmp_path, source_format, scale, prefix):
+    weights = golden_vae.published_params()
+    assert_same_arrays(published("ldm"), weights)
+    source = write(tmp_path / "source", {prefix + name: array for name, array in weights.items()})
+    file = source / autoencoder.DIFFUSERS_WEIGHTS
+    loaded = autoencoder_files.load(convert(file, tmp_path / "ours", f"--from={source_format}"))
+    assert loaded.module == golden_vae.module().clone(scale=scale)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, golden_vae.params())
 
 
 def test_report_lists_names_shapes_and_checksums(tmp_path):

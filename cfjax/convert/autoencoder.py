@@ -42,11 +42,9 @@ def open_published(path: str | PathLike, allow_pickle: bool) -> tuple[Any, dict[
     place = Path(path)
     if place.is_dir():
         place = place / DIFFUSERS_WEIGHTS
-    config = {}
+    config_file = place.parent / "config.json"
+    config = _read_diffusers_config(config_file) if config_file.is_file() else {}
     if place.suffix == ".safetensors":
-        config_file = place.parent / "config.json"
-        if config_file.is_file():
-            config = _read_diffusers_config(config_file)
         return TensorFile(place), config
     document = torch_files.read(place, allow_pickle)
     for section in _SECTIONS:
