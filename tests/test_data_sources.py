@@ -86,13 +86,13 @@ def test_an_image_folder(folder):
     assert len(train) + len(held_out) == 2 * COUNT
     assert len(held_out) > 0
     np.testing.assert_array_equal(np.unique(train.labels), [0, 1])
-    example = train[0]
+    example = {name: values[0] for name, values in train.examples_at([0]).items()}
     assert example["image"].shape == train.image_shape == (16, 16, 3)
     assert example["image"].dtype == np.uint8
     every = {image.tobytes() for part in (train, held_out) for image in sources.all_images(part)[0]}
     assert len(every) == 2 * COUNT
     grey = ImageFolderSource(folder, "train", 16, 1)
-    assert grey[0]["image"].shape == (16, 16, 1)
+    assert grey.examples_at([0])["image"][0].shape == (16, 16, 1)
 
 
 def test_modes_and_orientation(tmp_path):
@@ -157,9 +157,9 @@ def test_a_set_larger_than_memory_reads_the_same_images(folder, monkeypatch):
     for ours, expected in zip(sources.all_images(reread), sources.all_images(kept), strict=True):
         np.testing.assert_array_equal(ours, expected)
     reread._files[3].unlink()
-    kept[3]
+    kept.examples_at([3])
     with pytest.raises(UserError, match=r"the image .* can't be decoded; remove or mend it"):
-        reread[3]
+        reread.examples_at([3])
 
 
 def test_few_images_still_hold_one_out(tmp_path):
