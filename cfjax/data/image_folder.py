@@ -12,10 +12,9 @@ from cfjax.data.image_listing import EXTENSIONS, class_folders, files_of_class
 from cfjax.data.images import center_crop
 from cfjax.data.records import ON_CORRUPT
 from cfjax.data.splits import held_out
-from cfjax.errors import UserError, check_choice
+from cfjax.errors import UserError, check_choice, listed
 
 _MAX_BYTES_IN_MEMORY = 2**30
-_MAX_NAMED = 5  # of broken files in an error
 
 
 class ImageFolderSource:
@@ -131,6 +130,5 @@ class ImageFolderSource:
 
 def _named(paths: Iterable[Path]) -> str:
     names = [str(path) for path in sorted(paths)]
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     noun = "image file" if len(names) == 1 else "image files"
-    return f"{len(names)} {noun} ({', '.join(names[:_MAX_NAMED])}{more})"
+    return f"{len(names)} {noun} ({listed(names)})"

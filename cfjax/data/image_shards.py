@@ -17,9 +17,7 @@ from cfjax.data.image_listing import ListedImage
 from cfjax.data.image_records import KIND, Storing, pack
 from cfjax.data.record_shards import ShardWriter
 from cfjax.data.records import ON_CORRUPT
-from cfjax.errors import UserError, check_choice
-
-_MAX_NAMED = 5  # of broken images in an error
+from cfjax.errors import UserError, check_choice, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +57,8 @@ def write_image_set(
       The manifest, see `cfjax.data.records.read_manifest`.
 
     Raises:
-      UserError: an image is broken and to be refused; the folder holds another set, or can't be
-        written to.
+      UserError: images are broken and to be refused, which leaves the shards without any; the
+        folder holds another set, or can't be written to.
     """
     check_choice("on_corrupt", on_corrupt, ON_CORRUPT)
     starts = range(0, len(images), examples_per_shard)
@@ -99,13 +97,22 @@ def write_image_set(
         leave=False,
         file=sys.stderr,
     ) as progress:
-        for count in _run(tasks, num_processes):
+        broken = []
+        for task_broken, count in _run(tasks, num_processes):
+            broken += task_broken
             progress.update(count)
+    if broken:
+        noun = "image" if len(broken) == 1 else "images"
+        raise UserError(
+            f"{len(broken)} {noun} ({listed(sorted(broken))}) can't be decoded; remove or mend"
+            " them, or pass --on_corrupt=skip."
+        )
     return writer.finish()
 
 
-def _run(tasks: Sequence[_Task], num_processes: int) -> Iterator[int]:
-    if num_processes == 1:
+def _run(tasks: Sequence[_Task], num_processes: int) -> Iterator[tuple[list[str], int]]:
+    num_processes = min(num_processes, len(tasks))
+    if num_processes <= 1:
         yield from map(_write_shard, tasks)
         return
     # Not forked, as libraries run threads here.
@@ -119,8 +126,12 @@ def _run(tasks: Sequence[_Task], num_processes: int) -> Iterator[int]:
             pool.shutdown(cancel_futures=True)
 
 
-def _write_shard(task: _Task) -> int:
-    """Writes one shard; how many images were listed for it."""
+class _RefusedError(Exception):
+    """Images of a shard are broken, so that it is not written."""
+
+
+def _write_shard(task: _Task) -> tuple[list[str], int]:
+    """Writes one shard; images for which it was refused, and how many were listed for it."""
     skipped: list[dict[str, str]] = []
 
     def records() -> Iterator[bytes]:
@@ -132,16 +143,13 @@ def _write_shard(task: _Task) -> int:
             else:
                 yield pack(task.labels[image.class_name], image.name, content)
         if skipped and task.on_corrupt == "refuse":
-            names = ", ".join(it["name"] for it in skipped[:_MAX_NAMED])
-            more = f" and {len(skipped) - _MAX_NAMED} more" if len(skipped) > _MAX_NAMED else ""
-            noun = "image" if len(skipped) == 1 else "images"
-            raise UserError(
-                f"{len(skipped)} {noun} ({names}{more}) can't be decoded; remove or mend them, or"
-                " pass --on_corrupt=skip."
-            )
+            raise _RefusedError
 
-    task.writer.write(task.shard, records(), skipped)
-    return len(task.images)
+    try:
+        task.writer.write(task.shard, records(), skipped)
+    except _RefusedError:
+        return [it["name"] for it in skipped], len(task.images)
+    return [], len(task.images)
 
 
 def _end_with_parent() -> None:

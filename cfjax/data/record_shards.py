@@ -55,7 +55,7 @@ class ShardWriter:
                 f"shards can't be written to {fspath(self.folder)}; write them to a disk and copy"
                 " the folder."
             )
-        asked = {"kind": self.kind, "num_shards": self.num_shards, **self.description}
+        asked = {"kind": self.kind, **self.description, "num_shards": self.num_shards}
         path = self.folder / _DESCRIPTION_FILE
         if path.exists():
             check_description(self.folder, _read_json(path), asked)

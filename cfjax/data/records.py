@@ -14,11 +14,10 @@ from absl import logging
 from array_record.python import array_record_module
 
 from cfjax.data.record_shards import FORMAT, MANIFEST_FILE, sha256
-from cfjax.errors import UserError, check_choice
+from cfjax.errors import UserError, check_choice, listed
 from cfjax.paths import absolute
 
 ON_CORRUPT = ("refuse", "skip")
-_MAX_NAMED = 5  # of damaged shards in an error
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER_BYTES = 2**16
 
@@ -108,7 +107,7 @@ def verify_checksums(folder: str | PathLike, manifest: dict[str, Any]) -> None:
     names = [it["file"] for it, bad in zip(manifest["shards"], damaged, strict=True) if bad]
     if names:
         raise UserError(
-            f"{_listed(names)} of {folder} are missing or changed; delete them and run the program"
+            f"{listed(names)} of {folder} are missing or changed; delete them and run the program"
             " that made them again."
         )
 
@@ -135,7 +134,7 @@ class RecordReader:
             opened = pool.map(_open, shards)
         damage = [reason for _, reason in opened if reason]
         if damage and on_corrupt == "refuse":
-            raise UserError(f"{_listed(damage)}; {mend}, or set data.on_corrupt=skip.")
+            raise UserError(f"{listed(damage)}; {mend}, or set data.on_corrupt=skip.")
         for reason in damage:
             logging.warning("skipped a shard: %s", reason)
         sound = [(s, r) for s, (r, reason) in zip(shards, opened, strict=True) if not reason]
@@ -253,8 +252,3 @@ def _allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
