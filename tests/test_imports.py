@@ -79,6 +79,7 @@ LIBRARIES = {
     "tensorboardX": ["metric_log", "metric_files"],
     "grain": ["data"],
     "array_record": ["data"],
+    "ml_dtypes": ["data.latents"],
     "tensorflow_datasets": ["data.tfds_images"],
     "PIL": ["data"],
     "clu": PROGRAMS,

@@ -13,7 +13,7 @@ from cfjax.errors import UserError
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)  # there may be millions
 class ListedImage:
     """Where the bytes of an image lie.
 
@@ -27,7 +27,7 @@ class ListedImage:
 
     name: str
     class_name: str
-    path: Path
+    path: str
     offset: int
     num_bytes: int
 
@@ -38,7 +38,7 @@ class ListedImage:
           UserError: they can't be read.
         """
         try:
-            with self.path.open("rb") as file:
+            with open(self.path, "rb") as file:
                 file.seek(self.offset)
                 content = file.read(self.num_bytes)
         except OSError as error:
@@ -102,7 +102,7 @@ def _in_folders(root: Path) -> Iterator[ListedImage]:
     for folder in class_folders(root):
         for path in files_of_class(folder):
             name = path.relative_to(root).as_posix()
-            yield ListedImage(name, folder.name, path, 0, os.path.getsize(path))
+            yield ListedImage(name, folder.name, str(path), 0, os.path.getsize(path))
 
 
 def _in_tar(path: Path) -> Iterator[ListedImage]:
@@ -114,7 +114,7 @@ def _in_tar(path: Path) -> Iterator[ListedImage]:
                     yield ListedImage(
                         f"{path.name}/{name}",
                         name.parent.name or path.stem,
-                        path,
+                        str(path),
                         member.offset_data,
                         member.size,
                     )
