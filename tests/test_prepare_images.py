@@ -9,8 +9,10 @@ import tarfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from cfjax.data import image_records, sources
@@ -20,6 +22,7 @@ from cfjax.data.image_records import ArrayRecordSource, Storing
 from cfjax.data.image_shards import write_image_set
 from cfjax.errors import UserError
 from cfjax.prepare_images import split_images
+from cfjax.train import train
 
 ROOT = Path(__file__).parents[1]
 COUNT = 12  # images of each class
@@ -230,6 +233,24 @@ def test_broken_images_are_refused_or_counted(folder, tmp_path, stored_as):
     prepared = ArrayRecordSource(tmp_path / "out", "train", 16, 3)
     ours = {image.tobytes() for image in sources.all_images(prepared)[0]}
     assert {image.tobytes() for image in sources.all_images(expected)[0]} <= ours
+
+
+def test_training_reads_them_as_it_reads_the_folder(tmp_path):
+    """Grey images of 28x28 in ten classes, as the tiny run has them."""
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        place = tmp_path / "digits" / str(label)
+        place.mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (28, 28), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+    prepare(tmp_path / "digits", tmp_path / "out", Storing("raw", 28, 1))
+    states = []
+    for name, folder in (("array_record", "out"), ("image_folder", "digits")):
+        config = tiny.config(data__name=name, data__path=str(tmp_path / folder))
+        states.append(train(config, tmp_path / name))
+    for ours, expected in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_a_record_that_broke_later_is_refused_or_passed_over(folder, tmp_path):

@@ -120,6 +120,8 @@ def test_what_a_killed_run_left_is_kept_and_the_rest_made(folder, tmp_path):
     assert writer(place).missing() == [0, 2]
     with pytest.raises(UserError, match=r"no .*manifest.json, which is written when all shards"):
         read_manifest(place, "noise")
+    with pytest.raises(ValueError, match=r"shards \[0, 2\] of .* are missing"):
+        interrupted.finish()
     before = interrupted.path(1).stat().st_mtime_ns
     write_all(place)
     assert interrupted.path(1).stat().st_mtime_ns == before

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from array_record.python import array_record_module
 
 from cfjax.errors import UserError
-from cfjax.paths import is_cloud
+from cfjax.paths import absolute, is_cloud
 
 MANIFEST_FILE = "manifest.json"
 _DESCRIPTION_FILE = "description.json"
@@ -28,6 +29,9 @@ FORMAT = 1
 @dataclasses.dataclass(frozen=True)
 class ShardWriter:
     """Makes the shards of one set, those that are missing.
+
+    Process k of n calls `begin`, then `write` for each of `missing()` with shard % n == k, and when
+    all have done so, one calls `finish`.
 
     Attributes:
       folder: of the set; may be made by several writers at once, each with other shards.
@@ -107,11 +111,16 @@ class ShardWriter:
             temporary.unlink(missing_ok=True)
 
     def finish(self) -> dict[str, Any]:
-        """Writes the manifest, when no shard is missing; one of the processes does.
+        """Writes the manifest; one of the processes does, when all have written their shards.
 
         Returns:
           The manifest, see `cfjax.data.records.read_manifest`.
+
+        Raises:
+          ValueError: a shard is missing.
         """
+        if missing := self.missing():
+            raise ValueError(f"shards {missing} of {self.folder} are missing")
         shards = [self._entry(shard) for shard in range(self.num_shards)]
         skipped = [it for entry in shards for it in entry.pop("skipped")]
         manifest = {
@@ -158,7 +167,7 @@ def check_description(
 
 def sha256(path: str | PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with absolute(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -183,7 +192,7 @@ def _write_records(path: Path, records: Iterable[bytes], compress: bool) -> int:
 
 def _write_json(path: Path, value: Any) -> None:
     # Processes that write the same file write the same bytes, but not into each other's.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(temporary, path)
