@@ -16,6 +16,7 @@ from PIL import Image
 from cfjax.data import image_folder, sources
 from cfjax.data.embedded import MnistSource
 from cfjax.data.image_folder import ImageFolderSource
+from cfjax.data.splits import held_out
 from cfjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +172,15 @@ def test_few_images_still_hold_one_out(tmp_path):
     np.testing.assert_array_equal(train.labels, [0, 1, 1, 1])
     np.testing.assert_array_equal(held_out.labels, [1])
     assert not {file.name for file in train._files[1:]} & {file.name for file in held_out._files}
+
+
+def test_every_class_keeps_one_for_training():
+    names = [str(i) for i in range(200)]
+    assert not held_out(names, range(200)).any()
+    for share in (0.1, 0.9):
+        is_held_out = held_out(names, np.arange(200) // 2, share).reshape(100, 2)
+        assert is_held_out.any() and not is_held_out.all(axis=1).any()
+    assert not held_out(names, np.zeros(200, int), 0.0).any()
 
 
 def test_files_that_are_added_move_no_others(tmp_path):

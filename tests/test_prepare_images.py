@@ -185,6 +185,9 @@ def test_what_is_missing_is_made_again(folder, tmp_path):
     (tmp_path / "out" / "train" / "images-00001-of-00003.array_record").unlink()
     prepare(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == expected
+    (folder / "b" / "00.png").write_bytes((folder / "c" / "00.png").read_bytes())
+    with pytest.raises(UserError, match=r"was made with listing_sha256 '"):
+        prepare(folder, tmp_path / "out")
     (folder / "b" / "new.png").write_bytes((folder / "b" / "00.png").read_bytes())
     with pytest.raises(UserError, match=r"was made with num_listed \d+, not \d+"):
         prepare(folder, tmp_path / "out")
