@@ -26,6 +26,7 @@ setup(
         "jax>=0.8,<0.13",
         "matplotlib>=3.8",
         "ml-collections>=1,<2",
+        "ml-dtypes>=0.4",
         "numpy>=1.26,<3",
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.12,<1.0",  # 1.0 renames its API

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parent.parent
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
 PROGRAMS = [
-    *("train", "train_progress", "sample", "evaluate", "draw"),
+    *("train", "train_progress", "sample", "evaluate", "draw", "prepare_images"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
 ]
 ROOMS = {
@@ -85,6 +85,9 @@ LIBRARIES = {
     "ml_collections": ["config_loading", "build", "sampler", "convert.__main__", *PROGRAMS],
     "tensorboardX": ["metric_log", "metric_files"],
     "grain": ["data"],
+    "array_record": ["data"],
+    "ml_dtypes": ["data.latents"],
+    "tensorflow_datasets": ["data.tfds_images"],
     "PIL": ["data"],
     "clu": PROGRAMS,
     "matplotlib": ["visualization"],
