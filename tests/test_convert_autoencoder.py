@@ -152,6 +152,11 @@ def test_missing_extra_and_misshapen_arrays_are_listed_and_nothing_is_made(tmp_p
             ["--from=diffusers"],
             "lack post_quant_conv.weight",
         ),
+        (
+            lambda arrays: {k: v for k, v in arrays.items() if "down_blocks" not in k},
+            ["--from=diffusers"],
+            "lack a level",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, change, arguments, message):

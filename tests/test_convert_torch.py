@@ -192,6 +192,7 @@ def test_frozen_positions_give_way_to_those_of_larger_images(tmp_path):
     spoiled = save(tmp_path / "spoiled.pt", tensors(other(published_params("B"))))
     with pytest.raises(UserError, match="differs from the frozen"):
         convert(spoiled, tmp_path / "other", "--from=published", *sizes)
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_does_not_fit_is_listed_and_nothing_is_made(tmp_path):
@@ -203,6 +204,9 @@ def test_what_does_not_fit_is_listed_and_nothing_is_made(tmp_path):
         convert(source, tmp_path / "run", "--from=published")
     del document["ema"]["pos_embed"]
     with pytest.raises(UserError, match="lack pos_embed"):
+        convert(save(source, document), tmp_path / "run", "--from=published")
+    document["ema"]["pos_embed"] = torch.zeros(3)
+    with pytest.raises(UserError, match="other dimensions"):
         convert(save(source, document), tmp_path / "run", "--from=published")
     with pytest.raises(UserError, match="has no weights under model or ema, but args, epoch"):
         rest = {"args": document["args"], "epoch": 3}

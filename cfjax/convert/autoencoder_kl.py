@@ -190,16 +190,22 @@ def infer_module(
         channels, image_channels = shapes["encoder.conv_in.weight"][:2]
         widths = [shapes[f"{down}.{first_block}.conv1.weight"][0] for down in downs]
         latent_channels = shapes["post_quant_conv.weight"][0]
+        num_res_blocks = count(f"{downs[0]}.{layout.block}", "i")
     except KeyError as error:
         raise UserError(
             f"the weights of the autoencoder lack {error.args[0]}; fetch the file again."
+        ) from error
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            "the weights of the autoencoder lack a level or have other dimensions than those of"
+            " convolutions; fetch the file again."
         ) from error
     return AutoencoderKL(
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
         latent_channels=latent_channels,
         scale=scale,
-        num_res_blocks=count(f"{downs[0]}.{layout.block}", "i"),
+        num_res_blocks=num_res_blocks,
         encoder_attention_levels=_with(has, downs, first_attn),
         decoder_attention_levels=_with(has, ups, first_attn),
         num_groups=num_groups,

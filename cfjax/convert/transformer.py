@@ -82,6 +82,10 @@ def infer_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             f"the weights lack {error.args[0]}, so that they are not CausalFusion's; pass another"
             " file."
         ) from error
+    except (ValueError, IndexError) as error:
+        raise UserError(
+            "the shapes of the weights have other dimensions than CausalFusion's; pass another file."
+        ) from error
     side = math.isqrt(num_tokens)
     channels = _LATENT_CHANNELS if token_width % _LATENT_CHANNELS == 0 else token_width
     patch_size = math.isqrt(token_width // channels)
@@ -138,6 +142,10 @@ def to_ours(
         if _is_other_grid(table, expected[POSITION_TABLE]):
             shapes[POSITION_TABLE] = expected[POSITION_TABLE]
         check_names_and_shapes(shapes, expected, causal_fusion.MEND)
+        if model.position_embedding != "learned":
+            side = math.isqrt(table[1])
+            grid = model.grid if table == expected[POSITION_TABLE] else (side, side)
+            causal_fusion.check_frozen_positions(state_dict[POSITION_TABLE], grid)
     report.say_casts(state_dict.dtypes().values())
     del published, state_dict
     if table != expected[POSITION_TABLE]:
@@ -235,7 +243,6 @@ def _on_grid(table: np.ndarray, model: CausalFusion) -> np.ndarray:
     side = math.isqrt(table.shape[1])
     width = table.shape[-1]
     if model.position_embedding != "learned":
-        causal_fusion.check_frozen_positions(table, (side, side))
         return causal_fusion.frozen_positions((1, model.num_tokens, width), model.grid)
     resized = jax.image.resize(
         table.reshape(side, side, width), (*model.grid, width), "cubic", antialias=False
