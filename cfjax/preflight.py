@@ -99,6 +99,8 @@ def _write(report: dict[str, Any], json_path: str | None) -> None:
 if __name__ == "__main__":
     # Not the TPUs of this machine, should it have any: they may be in use.
     jax.config.update("jax_platforms", "cpu")
+    # Programs for TPUs that are not there are written into a compilation cache, but not read from it.
+    jax.config.update("jax_enable_compilation_cache", False)
     define_config_flag()
     flags.DEFINE_string("topology", None, "TPUs, such as v5e:16x16 or v4:4x4x8.", required=True)
     flags.DEFINE_integer("slices", 1, "How many of these, joined by the data center network.", 1)
