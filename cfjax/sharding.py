@@ -26,6 +26,7 @@ LOGICAL_AXIS_RULES = (
     # Parameters, and what mirrors them (EMA, optimizer moments).
     ("layers", None),  # the scanned layers
     ("width", "fsdp"),  # D
+    ("vector_width", None),  # D of a bias or a scale: whole, too small to be worth a gather
     ("mlp", "tensor"),  # hidden width of an MLP
     ("qkv", None),  # queries, keys, values
     ("heads", "tensor"),  # H
@@ -33,7 +34,7 @@ LOGICAL_AXIS_RULES = (
     ("classes", None),  # rows of the label table
     ("condition_width", BATCH_AXES),  # its columns: n condition tokens of width D
     ("condition", None),  # condition tokens
-    ("condition_position_width", None),  # whole: a small table, added in float32
+    ("position_width", None),  # D of a position table: whole, small and added in float32
     ("tokens", None),  # L, position of an image token
     ("token_width", None),  # values of one image token
     ("features", None),  # sinusoidal features of a timestep

@@ -127,6 +127,22 @@ def test_class_table_is_not_summed_over_devices():
     assert not re.search(r"f32\[8,\d+,16\][^=\n]* all-gather\(", text)
 
 
+def test_vectors_and_positions_are_not_gathered():
+    """Splitting biases, scales or the position table would double the number of collectives."""
+    program = build.train_program(tiny.config(model__width=32), sharding.make_mesh(fsdp=8))
+    params = program.abstract_state.params
+    vectors = [params["token_positions"], params["final_norm"]["scale"]]
+    vectors += [params["blocks"]["mlp"]["fc2"]["bias"], params["blocks"]["norm1"]["scale"]]
+    for vector in vectors:
+        assert vector.sharding.is_fully_replicated
+    assert not params["blocks"]["mlp"]["fc2"]["kernel"].sharding.is_fully_replicated
+    text = program.compile(program.clean_lengths[-1]).as_text()
+    gathered = re.findall(r"= (\w+\[[\d,]*\])[^=\n]* all-gather\(", text)
+    assert "f32[32,128]" in gathered  # a kernel
+    assert not {"f32[32]", "f32[1,32]", "f32[16,32]"} & set(gathered)  # vectors, positions
+    assert not any(it.startswith("s32[16,16") for it in gathered)  # orders, to look positions up
+
+
 def test_compiler_options():
     config = tiny.config(train__tpu_compiler_options=("xla_a=true", "xla_b=4"))
     mesh = sharding.make_mesh()

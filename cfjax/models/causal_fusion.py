@@ -98,7 +98,7 @@ class Block(nn.Module):
                 )
             else:
                 mask = generalized_causal_mask(every, every)
-        normed = layer_norm("width", dtype=self.dtype, name="norm1")(x)
+        normed = layer_norm("vector_width", dtype=self.dtype, name="norm1")(x)
         attention = Attention(self.num_heads, self.dtype, self.gradient_dtype, name="attn")
         attended, keys, values = attention(normed, cached, mask)
         if isinstance(carry, Push):
@@ -106,7 +106,7 @@ class Block(nn.Module):
             attended, keys, values = jax.lax.optimization_barrier((attended, keys, values))
             kv_cache = carry.kv_cache.with_written(carry.layer, keys, values)
         x = nn.with_logical_constraint(x + attended, ("batch", "sequence", "activation_width"))
-        normed = layer_norm("width", dtype=self.dtype, name="norm2")(x)
+        normed = layer_norm("vector_width", dtype=self.dtype, name="norm2")(x)
         hidden_width = int(self.mlp_ratio * width)
         x = x + Mlp(hidden_width, self.dtype, self.gradient_dtype, name="mlp")(normed)
         x = nn.with_logical_constraint(x, ("batch", "sequence", "activation_width"))
@@ -183,14 +183,14 @@ class CausalFusion(nn.Module):
         )
         self.condition_positions = self.param(
             "condition_positions",
-            with_logical_axes(normal, ("condition", "condition_position_width")),
+            with_logical_axes(normal, ("condition", "position_width")),
             (self.condition_length, self.width),
         )
         sincos = jnp.asarray(sincos_positions(self.width, self.grid), jnp.float32)
         if self.position_embedding == "learned":
             self.token_positions = self.param(
                 "token_positions",
-                with_logical_axes(lambda *_: sincos, ("tokens", "width")),
+                with_logical_axes(lambda *_: sincos, ("tokens", "position_width")),
             )
         else:
             self.token_positions = sincos
@@ -198,7 +198,7 @@ class CausalFusion(nn.Module):
         self.token_embedding = dense(self.width, ("token_width", "width"), **dtypes)
         self.timestep_embedding = TimestepEmbedding(self.width, **dtypes)
         self.blocks = self._make_blocks()
-        self.final_norm = layer_norm("width", dtype=self.dtype)
+        self.final_norm = layer_norm("vector_width", dtype=self.dtype)
         self.final_projection = dense(
             self.token_width,
             ("width", "token_width"),

@@ -36,6 +36,8 @@ def dense(
     The gradient of the weights is summed in `gradient_dtype`, over devices too.
     """
     num_inputs = 1 if isinstance(axis, int) else len(axis)
+    outputs = kernel_axes[num_inputs:]
+    bias_axes = tuple("vector_width" if name == "width" else name for name in outputs)
     return nn.DenseGeneral(
         features,
         axis=axis,
@@ -44,7 +46,7 @@ def dense(
         promote_dtype=_promote_all_but_kernel,
         dot_general=functools.partial(_linear_map, gradient_dtype=jnp.dtype(gradient_dtype)),
         kernel_init=with_logical_axes(kernel_init, kernel_axes),
-        bias_init=with_logical_axes(nn.initializers.zeros_init(), kernel_axes[num_inputs:]),
+        bias_init=with_logical_axes(nn.initializers.zeros_init(), bias_axes),
         name=name,
     )
 
