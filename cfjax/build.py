@@ -262,6 +262,7 @@ def source(config: ConfigDict, split: str) -> Source:
         channels=config.data.channels,
         num_classes=config.data.num_classes,
         on_corrupt=config.data.on_corrupt,
+        tfds_name=config.data.tfds_name,
     )
 
 

@@ -36,8 +36,9 @@ class Wrapped:
     def __len__(self):
         return min(len(self._source), self.max_examples)
 
-    def images_at(self, indices):
-        return self._images_at(indices, self._source.images_at(indices))
+    def examples_at(self, indices):
+        examples = self._source.examples_at(indices)
+        return examples | {"image": self._images_at(indices, examples["image"])}
 
 
 def wrap_source(images_at):

@@ -16,6 +16,7 @@ from PIL import Image
 from cfjax.data import image_folder, sources
 from cfjax.data.embedded import MnistSource
 from cfjax.data.image_folder import ImageFolderSource
+from cfjax.data.splits import held_out
 from cfjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -86,13 +87,13 @@ def test_an_image_folder(folder):
     assert len(train) + len(held_out) == 2 * COUNT
     assert len(held_out) > 0
     np.testing.assert_array_equal(np.unique(train.labels), [0, 1])
-    example = train[0]
+    example = {name: values[0] for name, values in train.examples_at([0]).items()}
     assert example["image"].shape == train.image_shape == (16, 16, 3)
     assert example["image"].dtype == np.uint8
     every = {image.tobytes() for part in (train, held_out) for image in sources.all_images(part)[0]}
     assert len(every) == 2 * COUNT
     grey = ImageFolderSource(folder, "train", 16, 1)
-    assert grey[0]["image"].shape == (16, 16, 1)
+    assert grey.examples_at([0])["image"][0].shape == (16, 16, 1)
 
 
 def test_modes_and_orientation(tmp_path):
@@ -157,9 +158,9 @@ def test_a_set_larger_than_memory_reads_the_same_images(folder, monkeypatch):
     for ours, expected in zip(sources.all_images(reread), sources.all_images(kept), strict=True):
         np.testing.assert_array_equal(ours, expected)
     reread._files[3].unlink()
-    kept[3]
+    kept.examples_at([3])
     with pytest.raises(UserError, match=r"the image .* can't be decoded; remove or mend it"):
-        reread[3]
+        reread.examples_at([3])
 
 
 def test_few_images_still_hold_one_out(tmp_path):
@@ -171,6 +172,15 @@ def test_few_images_still_hold_one_out(tmp_path):
     np.testing.assert_array_equal(train.labels, [0, 1, 1, 1])
     np.testing.assert_array_equal(held_out.labels, [1])
     assert not {file.name for file in train._files[1:]} & {file.name for file in held_out._files}
+
+
+def test_every_class_keeps_one_for_training():
+    names = [str(i) for i in range(200)]
+    assert not held_out(names, range(200)).any()
+    for share in (0.1, 0.9):
+        is_held_out = held_out(names, np.arange(200) // 2, share).reshape(100, 2)
+        assert is_held_out.any() and not is_held_out.all(axis=1).any()
+    assert not held_out(names, np.zeros(200, int), 0.0).any()
 
 
 def test_files_that_are_added_move_no_others(tmp_path):

@@ -30,17 +30,13 @@ class Subset:
 
     def __init__(self, source, stride):
         self._source, self._stride = source, stride
-        self.labels = source.labels[::stride]
         self.class_names, self.image_shape = source.class_names, source.image_shape
 
     def __len__(self):
-        return len(self.labels)
+        return len(range(0, len(self._source), self._stride))
 
-    def __getitem__(self, index):
-        return self._source[index * self._stride]
-
-    def images_at(self, indices):
-        return self._source.images_at(indices * self._stride)
+    def examples_at(self, indices):
+        return self._source.examples_at(indices * self._stride)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parent.parent
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
 PROGRAMS = [
-    *("train", "train_progress", "sample", "evaluate", "draw"),
+    *("train", "train_progress", "sample", "evaluate", "draw", "prepare_images"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
 ]
 ROOMS = {
@@ -20,7 +20,7 @@ ROOMS = {
         [
             *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
             *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
-            *("preemption", "processes"),
+            *("preemption", "processes", "tensor_files"),
         ],
         [],
     ),
@@ -29,8 +29,8 @@ ROOMS = {
     "objective": (["objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
-    "convert": (["convert"], [GROUND, "models"]),
-    "storage": (["train_state", "checkpoints"], [GROUND]),
+    "autoencoder files": (["autoencoder_files"], [GROUND, "models"]),
+    "storage": (["train_state", "checkpoints", "checkpoint_weights"], [GROUND]),
     "metric log": (["metric_log", "metric_files"], [GROUND]),
     "data": (["data"], [GROUND]),
     "evaluation": (["evaluation"], [GROUND, "models", "data"]),
@@ -52,6 +52,10 @@ ROOMS = {
         [GROUND, "models", "sampling", "storage", "data", "config", "build"],
     ),
     "package": ([""], ["sampler"]),
+    "convert": (
+        ["convert"],  # its program too
+        [GROUND, "models", "autoencoder files", "storage", "config", "build", "package"],
+    ),
     "programs": (
         PROGRAMS,
         [
@@ -68,16 +72,22 @@ LIBRARIES = {
     "jax": None,
     "absl": None,
     "tqdm": None,
-    "flax": ["sharding", "train_state", "models", "convert", "evaluation"],
+    "flax": [
+        *("sharding", "train_state", "models", "autoencoder_files", "checkpoint_weights"),
+        *("convert", "evaluation"),
+    ],
     "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
     "etils": [
         *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
-        *("checkpoints", "metric_log", "metric_files"),
+        *("checkpoints", "checkpoint_weights", "metric_log", "metric_files"),
     ],
-    "orbax": ["checkpoints", "processes"],
-    "ml_collections": ["config_loading", "build", "sampler", *PROGRAMS],
+    "orbax": ["checkpoints", "checkpoint_weights", "processes"],
+    "ml_collections": ["config_loading", "build", "sampler", "convert.__main__", *PROGRAMS],
     "tensorboardX": ["metric_log", "metric_files"],
     "grain": ["data"],
+    "array_record": ["data"],
+    "ml_dtypes": ["data.latents"],
+    "tensorflow_datasets": ["data.tfds_images"],
     "PIL": ["data"],
     "clu": PROGRAMS,
     "matplotlib": ["visualization"],

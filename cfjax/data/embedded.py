@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,8 @@ class MnistSource:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self._images[index], "label": int(self.labels[index])}
-
-    def images_at(self, indices: np.ndarray) -> np.ndarray:
-        return self._images[indices]
+    def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        return {"image": self._images[indices], "label": self.labels[indices]}
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:

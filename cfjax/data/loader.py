@@ -23,7 +23,8 @@ _ENDLESS = 2**60
 class TrainLoader:
     """Iterator of batches; a context manager that ends its threads.
 
-    Each batch is `{"image": float32 [rows, H, W, C] in [-1, 1], "label": int32 [rows]}`.
+    Each batch is `{"image": float32 [rows, H, W, C] in [-1, 1], "label": int32 [rows]}`; of latents,
+    instead of images, `"moments": [rows, H, W, 2 C]` in the dtype in which they are stored.
     """
 
     def __init__(
@@ -62,11 +63,8 @@ class TrainLoader:
         def read(batch: int) -> dict[str, np.ndarray]:
             positions = examples_seen + batch * global_batch_size + rows
             indices = np.array([stream[position] for position in positions.tolist()])
-            images = source.images_at(indices)
-            if horizontal_flip:
-                flip = _is_flipped(seed, positions)
-                images[flip] = images[flip, :, ::-1]
-            return {"image": to_model_range(images), "label": source.labels[indices]}
+            flip = _is_flipped(seed, positions) if horizontal_flip else np.zeros(len(rows), bool)
+            return _as_trained_on(source.examples_at(indices), flip)
 
         options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=max(_PREFETCHED_BATCHES, num_threads)
@@ -89,6 +87,15 @@ class TrainLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _as_trained_on(examples: dict[str, np.ndarray], flip: np.ndarray) -> dict[str, np.ndarray]:
+    if "moments" in examples:
+        moments = examples["moments"][np.arange(len(flip)), flip.astype(int)]
+        return {"moments": moments, "label": examples["label"]}
+    images = examples["image"]
+    images[flip] = images[flip, :, ::-1]
+    return {"image": to_model_range(images), "label": examples["label"]}
 
 
 def _is_flipped(seed: int, positions: np.ndarray) -> np.ndarray:

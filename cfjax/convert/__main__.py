@@ -1,0 +1,157 @@
+"""Published weights to ours and back: `python -m cfjax.convert --from mar --source kl16.ckpt --out kl16`.
+
+Either side is "cfjax", the other one of
+
+| format | what it is | here |
+|---|---|---|
+| `published` | a `.pt` of CausalFusion: `model` and `ema`, or a state dict | a run's workdir |
+| `mar` | `kl16.ckpt`, the KL-16 autoencoder of MAR | an autoencoder's folder |
+| `ldm` | a `.ckpt` with the KL-8 autoencoder of Stable Diffusion in it | an autoencoder's folder |
+| `diffusers` | `.safetensors` of `AutoencoderKL`, or its folder | an autoencoder's folder |
+| `diffusers_old` | the same with the names of before 0.18 | an autoencoder's folder |
+
+Missing, extra and misshapen arrays are refused. `conversion.json` beside the result lists every name
+with its shape and has the sha256 of source and result. See docs/weights.md.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+import cfjax
+from cfjax import (
+    autoencoder_files,
+    build,
+    checkpoint_folders,
+    checkpoints,
+    program,
+    sharding,
+)
+from cfjax.config_loading import (
+    config_from_json,
+    config_to_json,
+    define_config_flag,
+    load_config,
+)
+from cfjax.convert import autoencoder, transformer
+from cfjax.convert.report import REPORT_FILE, Report, checksum
+from cfjax.errors import UserError, check_choice
+from cfjax.paths import is_cloud
+
+OURS, PUBLISHED = "cfjax", "published"
+FORMATS = (OURS, PUBLISHED, *autoencoder.FORMATS)
+_DEFAULT_CONFIG = Path(cfjax.__file__).parent.parent / "configs" / "imagenet256.py"
+_SIZE_FIELDS = re.compile(r"(model|data)\.")
+
+
+def main(_: Sequence[str]) -> None:
+    """Runs the program."""
+    values = flags.FLAGS.flag_values_dict()
+    source_format, target_format = values["from"], values["to"]
+    for name in (source_format, target_format):
+        check_choice("format", name, FORMATS)
+    if (source_format == OURS) == (target_format == OURS):
+        raise UserError(
+            f"--from={source_format} --to={target_format} must have {OURS} on one side."
+        )
+    for name in ("source", "out"):
+        if is_cloud(values[name]):
+            raise UserError(
+                f"--{name}={values[name]} must be on disk; copy from there or to there."
+            )
+    source, out = Path(values["source"]), Path(values["out"])
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already; pass a new --out or remove it.")
+    if not source.exists():
+        raise UserError(f"there is no {source}; pass another --source.")
+    is_folder = target_format == OURS or target_format.startswith("diffusers")
+    report = Report()
+    try:
+        _convert(source_format, target_format, source, out, report)
+        path = out / REPORT_FILE if is_folder else out.with_name(f"{out.name}.{REPORT_FILE}")
+        report.write(path, checksum(_files_of(source, source_format)), checksum(out))
+    except OSError as error:
+        raise UserError(
+            f"{out} could not be written ({error.strerror or error}); remove what is there of it,"
+            " give the folder space and write permission and run again."
+        ) from error
+    logging.info("The converted weights are in %s.", out)
+
+
+def _convert(
+    source_format: str, target_format: str, source: Path, out: Path, report: Report
+) -> None:
+    values = flags.FLAGS.flag_values_dict()
+    if source_format == PUBLISHED:
+        _published_to_ours(source, out, flags.FLAGS["config"].value, values["allow_pickle"], report)
+    elif target_format == PUBLISHED:
+        _ours_to_published(source, values["train_step"], out, report)
+    elif target_format == OURS:
+        arrays, config = autoencoder.open_published(source, values["allow_pickle"])
+        autoencoder.to_ours(arrays, source_format, config, values["scale"], out, report)
+    else:
+        autoencoder.to_published(source, target_format, out, report)
+
+
+def _files_of(source: Path, source_format: str) -> Path:
+    """What was read of the source: of a run one checkpoint."""
+    if source_format != OURS or (source / autoencoder_files.CONFIG_FILE).is_file():
+        return source
+    return Path(checkpoint_folders.find(source, flags.FLAGS["train_step"].value))
+
+
+def _published_to_ours(
+    source: Path, out: Path, config: ConfigDict | None, allow_pickle: bool, report: Report
+) -> None:
+    open_file = functools.partial(transformer.open_published, source, allow_pickle)
+    if config is None:
+        config = _inferred_config(open_file().sections["ema"].shapes(), report)
+    model = build.model(config)
+    transformer.to_ours(
+        open_file, model, config_to_json(config), _abstract_params(model), out, report
+    )
+
+
+def _inferred_config(shapes: dict[str, tuple[int, ...]], report: Report) -> ConfigDict:
+    if not _DEFAULT_CONFIG.is_file():
+        raise UserError(f"there is no {_DEFAULT_CONFIG} to start from; pass --config.")
+    sizes = transformer.infer_sizes(shapes)
+    listed = ", ".join(f"{_SIZE_FIELDS.sub('', key)} {value}" for key, value in sizes.items())
+    report.say(f"The config follows from the shapes: {listed}; --config gives another.")
+    return load_config(f"{_DEFAULT_CONFIG}:xl", sizes)
+
+
+def _ours_to_published(source: Path, train_step: int | None, out: Path, report: Report) -> None:
+    config = config_from_json(checkpoints.read_config(source, train_step))
+    model = build.model(config)
+    transformer.to_published(source, train_step, model, _abstract_params(model), out, report)
+
+
+def _abstract_params(model: Any) -> Any:
+    mesh = sharding.make_mesh(devices=jax.local_devices(backend="cpu")[:1])
+    return sharding.abstract_sharded(build.init_params(model), mesh, jax.random.key(0))
+
+
+def define_flags() -> None:
+    """Defines the program's flags."""
+    define_config_flag(required=False)
+    flags.DEFINE_string("from", OURS, f"Format of the source: {', '.join(FORMATS)}.")
+    flags.DEFINE_string("to", OURS, "Format of the result: the same.")
+    flags.DEFINE_string("source", None, "The file or folder to convert.", required=True)
+    flags.DEFINE_string("out", None, "The file or folder to make.", required=True)
+    flags.DEFINE_integer("train_step", None, "Which checkpoint of a run; the latest by default.")
+    flags.DEFINE_float("scale", None, "Of an autoencoder's latents, if not the format's.")
+    flags.DEFINE_bool(
+        "allow_pickle", False, "Read files that may run code that is in them: only if you trust it."
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    program.run(main)
