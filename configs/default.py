@@ -23,6 +23,11 @@ def get_config() -> ConfigDict:
     config.data.on_corrupt = "refuse"  # what is damaged: "refuse", or "skip" and name it
     config.data.num_threads = 4  # that read and decode ahead of training
 
+    config.autoencoder = ConfigDict()  # of models that see latents
+    config.autoencoder.path = ""  # folder of one; images are encoded in training, but for "latents"
+    config.autoencoder.scale = 0.0  # by which its latents are multiplied; 0 takes what it names
+    config.autoencoder.dtype = "float32"  # of its convolutions, at the highest precision
+
     config.model = ConfigDict()
     config.model.width = 1024  # D
     config.model.depth = 24  # layers
