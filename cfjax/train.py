@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     train_program = build.train_program(config, mesh)
     abstract_state = train_program.abstract_state
     build.sampling_settings(config)  # refused now rather than after training
-    source = build.source(config, "train")
+    source = build_data.source(config, "train")
     program.check_workdir_writable(workdir)
 
     restored = checkpoints.restore_newest(workdir, abstract_state)

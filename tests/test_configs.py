@@ -1,5 +1,6 @@
 """Every config builds and takes a train step when shrunk; every field is read somewhere."""
 
+import autoencoders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from cfjax.train import train
 
 VARIANTS = [
     "mnist.py",
+    "mnist_latent.py",
     "image_folder.py",
     "imagenet256.py",
     "imagenet256.py:l",
@@ -43,6 +45,7 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
     build.sampling_settings(config)
     config.model.update({"width": 16, "depth": 1, "num_heads": 2, "num_condition_tokens": 2})
     config.data.update({"size": 2 * config.model.patch_size, "num_classes": 3})
+    config.autoencoder.scale = 1.0  # without it, it is asked of the autoencoder
     config.optimizer.warmup_steps = 0
     config.train.update({"global_batch_size": 2, "clean_length_buckets": 1})
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -51,8 +54,10 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
     init = build.init_state(settings.model, settings.optimizer)
     state = born_sharded(init, mesh, jax.random.key(0))
     before = np.asarray(state.params["final_projection"]["bias"])
-    shape = (2, config.data.size, config.data.size, config.data.channels)
-    batch = {"image": jnp.linspace(-1, 1, np.prod(shape)).reshape(shape), "label": jnp.arange(2)}
+    batch = {
+        name: jnp.linspace(-1, 1, leaf.size).reshape(leaf.shape).astype(leaf.dtype)
+        for name, leaf in train_program.abstract_batch.items()
+    }
     batch = jax.device_put(batch, batch_sharding(mesh))
     (num_clean,) = train_program.clean_lengths
     after, totals = train_program.compile(num_clean)(state, batch)
@@ -115,7 +120,12 @@ def dotted_keys(config, prefix=""):
 
 
 def test_every_field_is_read(tmp_path):
-    config = tiny.config(train__num_train_steps=2, train__sample_every=2, sampling__num_ar_steps=2)
-    read = set()
-    train(Recorder(config, read), tmp_path)
+    """Those of the autoencoder where there is one."""
+    overrides = {"train__num_train_steps": 2, "train__sample_every": 2, "sampling__num_ar_steps": 2}
+    autoencoders.make(tmp_path / "vae")
+    path, read = str(tmp_path / "vae"), set()
+    latents = {"autoencoder__path": path, "data__size": 14, "data__channels": 2}
+    for name, change in (("pixels", {}), ("latents", latents)):
+        config = tiny.config(**overrides, **change)
+        train(Recorder(config, read), tmp_path / name)
     assert read == set(dotted_keys(config))

@@ -29,7 +29,7 @@ ROOMS = {
     "objective": (["objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
-    "autoencoder files": (["autoencoder_files"], [GROUND, "models"]),
+    "autoencoder files": (["autoencoder_files", "mesh_autoencoder"], [GROUND, "models"]),
     "storage": (["train_state", "checkpoints", "checkpoint_weights"], [GROUND]),
     "metric log": (["metric_log", "metric_files"], [GROUND]),
     "data": (["data"], [GROUND]),
@@ -41,15 +41,18 @@ ROOMS = {
         [GROUND, "models", "objective", "storage"],
     ),
     "build": (
-        ["build"],
+        ["build", "build_data"],
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
-            "data",
+            *("data", "autoencoder files"),
         ],
     ),
     "sampler": (
         ["sampler"],
-        [GROUND, "models", "sampling", "storage", "data", "config", "build"],
+        [
+            *(GROUND, "models", "sampling", "storage", "data", "config", "build"),
+            "autoencoder files",
+        ],
     ),
     "package": ([""], ["sampler"]),
     "convert": (

@@ -24,7 +24,7 @@ class TrainLoader:
     """Iterator of batches; a context manager that ends its threads.
 
     Each batch is `{"image": float32 [rows, H, W, C] in [-1, 1], "label": int32 [rows]}`; of latents,
-    instead of images, `"moments": [rows, H, W, 2 C]` in the dtype in which they are stored.
+    instead of images, `"moments": float32 [rows, H, W, 2 C]`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TrainLoader:
 def _as_trained_on(examples: dict[str, np.ndarray], flip: np.ndarray) -> dict[str, np.ndarray]:
     if "moments" in examples:
         moments = examples["moments"][np.arange(len(flip)), flip.astype(int)]
-        return {"moments": moments, "label": examples["label"]}
+        return {"moments": moments.astype(np.float32), "label": examples["label"]}
     images = examples["image"]
     images[flip] = images[flip, :, ::-1]
     return {"image": to_model_range(images), "label": examples["label"]}
