@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).parent.parent
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
 PROGRAMS = [
-    *("train", "train_progress", "sample", "evaluate", "draw", "prepare_images"),
+    *("train", "train_loop", "train_progress"),
+    *("sample", "evaluate", "draw", "prepare_images"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
 ]
 ROOMS = {
