@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from cfjax import autoencoder_files
 from cfjax.autoencoder_files import Autoencoder
-from cfjax.data.latents import LatentsSource, check_autoencoder
+from cfjax.data.latents import check_autoencoder
 from cfjax.data.sources import Source, open_source
 from cfjax.errors import UserError, check_choice
 
@@ -58,28 +58,39 @@ def latent_scale(config: ConfigDict) -> float | None:
     return config.autoencoder.scale or autoencoder(config).module.scale
 
 
-def source(config: ConfigDict, split: str) -> Source:
-    """The data of `config.data`: split "train" or "held_out".
+def images(config: ConfigDict, split: str, size: int = 0, channels: int = 0) -> Source:
+    """What `config.data` names: split "train" or "held_out", by default at its size and channels.
 
-    Latents, or images: where an autoencoder is named, those that it encodes in training.
+    Raises:
+      UserError: see `open_source`.
+    """
+    data = config.data
+    return open_source(
+        data.name,
+        data.path,
+        split,
+        size=size or data.size,
+        channels=channels or data.channels,
+        num_classes=data.num_classes,
+        on_corrupt=data.on_corrupt,
+        tfds_name=data.tfds_name,
+    )
+
+
+def source(config: ConfigDict, split: str) -> Source:
+    """The data that a model is trained on.
+
+    Latents; or images, where an autoencoder is named those that it encodes in training.
 
     Raises:
       UserError: see `open_source`; or latents of another autoencoder.
     """
-    size, channels = config.data.size, config.data.channels
-    encodes = autoencoder(config)
-    if encodes is not None and config.data.name != "latents":
-        size, channels = size * encodes.module.downsampling, encodes.module.image_channels
-    opened = open_source(
-        config.data.name,
-        config.data.path,
-        split,
-        size=size,
-        channels=channels,
-        num_classes=config.data.num_classes,
-        on_corrupt=config.data.on_corrupt,
-        tfds_name=config.data.tfds_name,
-    )
-    if isinstance(opened, LatentsSource):
-        check_autoencoder(opened, encodes.checksum, encodes.module.scale)
+    loaded = autoencoder(config)
+    if loaded is None:
+        return images(config, split)
+    module = loaded.module
+    if config.data.name != "latents":
+        return images(config, split, config.data.size * module.downsampling, module.image_channels)
+    opened = images(config, split)
+    check_autoencoder(opened, loaded.checksum, module.scale)
     return opened

@@ -8,11 +8,12 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from cfjax import build
+from cfjax import build, train_autoencoder
+from cfjax.autoencoder_train_step import compile_train_step
 from cfjax.config_loading import load_config
 from cfjax.errors import UserError
 from cfjax.models.causal_fusion import SIZES
-from cfjax.sharding import batch_sharding, born_sharded, make_mesh
+from cfjax.sharding import abstract_sharded, batch_sharding, born_sharded, make_mesh
 from cfjax.train import train
 
 VARIANTS = [
@@ -28,6 +29,8 @@ VARIANTS = [
     "imagenet256.py:in_context_dit",
     "imagenet512.py",
 ]
+# Of `cfjax.train_autoencoder`; they start from `default_autoencoder.py`.
+AUTOENCODERS = ["mnist_autoencoder.py"]
 
 
 def load(name):
@@ -35,8 +38,9 @@ def load(name):
 
 
 def test_all_configs_are_tested():
-    files = {path.name for path in tiny.CONFIGS.glob("*.py")} - {"default.py"}
-    assert files == {name.split(":")[0] for name in VARIANTS}
+    files = {path.name for path in tiny.CONFIGS.glob("*.py")}
+    tested = {name.split(":")[0] for name in VARIANTS + AUTOENCODERS}
+    assert files == tested | {"default.py", "default_autoencoder.py"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -63,6 +67,25 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
     after, totals = train_program.compile(num_clean)(state, batch)
     assert np.isfinite(totals["loss"][0])
     assert np.abs(after.params["final_projection"]["bias"] - before).max() > 0
+
+
+@pytest.mark.parametrize("name", [*AUTOENCODERS, "default_autoencoder.py"])
+def test_an_autoencoder_config_takes_a_train_step_when_shrunk(name):
+    config = load(name)
+    config.autoencoder.update({"channels": 4, "num_groups": 2, "num_res_blocks": 1})
+    config.optimizer.warmup_steps = 0
+    settings = train_autoencoder.train_step_settings(config)
+    size = settings.module.downsampling
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shape = (2, size, size, config.data.channels)
+    abstract_state = abstract_sharded(settings.init, mesh, jax.random.key(0))
+    state = born_sharded(settings.init, mesh, jax.random.key(0))
+    before = np.asarray(state.params["quant_conv"]["bias"])
+    batch = {"image": jnp.linspace(-1, 1, np.prod(shape)).reshape(shape), "label": jnp.arange(2)}
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    after, totals = compile_train_step(settings, mesh, abstract_state, shape)(state, batch)
+    assert np.isfinite(totals["loss"][0])
+    assert np.abs(after.params["quant_conv"]["bias"] - before).max() > 0
 
 
 @pytest.mark.parametrize(
@@ -128,4 +151,11 @@ def test_every_field_is_read(tmp_path):
     for name, change in (("pixels", {}), ("latents", latents)):
         config = tiny.config(**overrides, **change)
         train(Recorder(config, read), tmp_path / name)
+    assert read == set(dotted_keys(config))
+
+
+def test_every_field_of_an_autoencoder_is_read(tmp_path):
+    config = tiny.autoencoder_config(train__num_train_steps=2, train__sample_every=2)
+    read = set()
+    train_autoencoder.train(Recorder(config, read), tmp_path)
     assert read == set(dotted_keys(config))

@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).parent.parent
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
 PROGRAMS = [
-    *("train", "train_progress", "sample", "evaluate", "draw", "prepare_images"),
+    *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
+    *("sample", "evaluate", "draw", "prepare_images"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
 ]
 ROOMS = {
@@ -26,7 +27,7 @@ ROOMS = {
     ),
     "models": (["models", "flops"], [GROUND]),
     "compiler": (["tpu_topology", "collectives", "compiled_report"], [GROUND, "models"]),
-    "objective": (["objective"], [GROUND, "models"]),
+    "objective": (["objective", "autoencoder_objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
     "autoencoder files": (["autoencoder_files", "mesh_autoencoder"], [GROUND, "models"]),
@@ -37,7 +38,7 @@ ROOMS = {
     "pictures": (["visualization"], [GROUND]),
     "config": (["config_loading", "program"], [GROUND]),
     "train step": (
-        ["train_step"],
+        ["train_step", "autoencoder_train_step"],
         [GROUND, "models", "objective", "storage"],
     ),
     "build": (
@@ -63,7 +64,7 @@ ROOMS = {
         PROGRAMS,
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
-            *("metric log", "compiler"),
+            *("metric log", "compiler", "autoencoder files"),
             *("data", "evaluation", "pictures", "config", "build", "sampler", "package"),
         ],
     ),
@@ -79,7 +80,10 @@ LIBRARIES = {
         *("sharding", "train_state", "models", "autoencoder_files", "checkpoint_weights"),
         *("convert", "evaluation"),
     ],
-    "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
+    "optax": [
+        *("optimizer", "train_state", "train_step", "autoencoder_train_step"),
+        *("build", "evaluation", *PROGRAMS),
+    ],
     "etils": [
         *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
         *("checkpoints", "checkpoint_weights", "metric_log", "metric_files"),
