@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).parent.parent
 GROUND = "ground floor"
 PROGRAMS = [
     *("train", "train_progress", "sample", "evaluate", "draw", "prepare_images"),
+    *("encode", "encode_verify"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
 ]
 ROOMS = {
@@ -29,7 +30,7 @@ ROOMS = {
     "objective": (["objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
-    "autoencoder files": (["autoencoder_files"], [GROUND, "models"]),
+    "autoencoder files": (["autoencoder_files", "latent_encoder"], [GROUND, "models"]),
     "storage": (["train_state", "checkpoints", "checkpoint_weights"], [GROUND]),
     "metric log": (["metric_log", "metric_files"], [GROUND]),
     "data": (["data"], [GROUND]),
@@ -60,7 +61,7 @@ ROOMS = {
         PROGRAMS,
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
-            *("metric log", "compiler"),
+            *("metric log", "compiler", "autoencoder files"),
             *("data", "evaluation", "pictures", "config", "build", "sampler", "package"),
         ],
     ),
