@@ -26,7 +26,7 @@ def autoencoder(config: ConfigDict) -> Autoencoder | None:
     if not sees_latents(config):
         return None
     settings, data = config.autoencoder, config.data
-    check_choice("dtype", settings.dtype, DTYPES)
+    check_choice("autoencoder.dtype", settings.dtype, DTYPES)
     if not settings.path:
         raise UserError(
             "autoencoder.path is empty, but the model sees latents; set it to the folder of the"
@@ -37,7 +37,7 @@ def autoencoder(config: ConfigDict) -> Autoencoder | None:
     if found.latent_channels != data.channels:
         raise UserError(
             f"data.channels is {data.channels}, but the autoencoder in {settings.path} has latents"
-            f" of {found.latent_channels}; set data.channels={found.latent_channels}."
+            f" of {found.latent_channels} channels; set data.channels={found.latent_channels}."
         )
     if settings.scale not in (0, found.scale):
         raise UserError(

@@ -1,6 +1,7 @@
 """Moments in records, and the loader that picks the flip."""
 
 import itertools
+import logging as python_logging
 
 import ml_dtypes
 import numpy as np
@@ -98,3 +99,35 @@ def test_other_latents_are_refused(tmp_path):
         LatentsSource(tmp_path, "held_out", SIZE, CHANNELS)
     with pytest.raises(UserError, match="unknown dtype of moments 'float16'"):
         latents.record_dtype(SIZE, CHANNELS, "float16")
+
+
+def test_damaged_shards_and_records_are_refused_or_passed_over(tmp_path, caplog):
+    make(tmp_path)
+    first, second = sorted(tmp_path.glob("train/*.array_record"))
+    content = bytearray(first.read_bytes())
+    where = content.find(moments(2, "bfloat16").tobytes())
+    content[where + 3] ^= 1
+    first.write_bytes(content)
+    refusing = LatentsSource(tmp_path, "train", SIZE, CHANNELS)
+    words = r"record 2 of the shard .*00000.* is corrupt; delete it and run cfjax.encode again, or"
+    with pytest.raises(UserError, match=words):
+        refusing.examples_at([1, 2])
+    with caplog.at_level(python_logging.WARNING, logger="absl"):
+        skipping = LatentsSource(tmp_path, "train", SIZE, CHANNELS, "skip")
+        np.testing.assert_array_equal(skipping.examples_at([1, 2, 9])["source_id"], [7, 21, 63])
+    assert "is corrupt" in caplog.text and not skipping.left_out
+
+    for damage, words in (
+        (lambda: second.write_bytes(second.read_bytes()[:-100]), r"has \d+ bytes instead of \d+"),
+        (second.unlink, "is missing"),
+    ):
+        damage()
+        mend = "delete it and run cfjax.encode again, or set data.on_corrupt=skip"
+        with pytest.raises(UserError, match=f"the shard .*00001-of-00002.* {words}; {mend}"):
+            LatentsSource(tmp_path, "train", SIZE, CHANNELS)
+        skipping = LatentsSource(tmp_path, "train", SIZE, CHANNELS, "skip")
+        assert len(skipping) == COUNT // 2
+        assert [it["name"] for it in skipping.left_out] == [second.name]
+    (tmp_path / "train" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"there is no .*manifest.json, which is written when all"):
+        LatentsSource(tmp_path, "train", SIZE, CHANNELS, "skip")

@@ -249,7 +249,6 @@ def test_what_is_no_image_folder_is_refused(tmp_path, folder):
     ("change", "words"),
     [
         ({"name": "mnits"}, "unknown data.name 'mnits'; did you mean 'mnist'"),
-        ({"name": "latents"}, "no reader in this version"),
         ({"split": "test"}, "unknown split 'test'"),
         ({"size": 32}, "data.size 32 with data.channels 1 does not fit"),
         ({"num_classes": 9}, "data.num_classes is 9, but the data have 10 classes; set"),
@@ -259,3 +258,57 @@ def test_values_that_do_not_fit_are_refused(change, words):
     values = {"name": "mnist", "path": "", "split": "train", "size": 28, "channels": 1}
     with pytest.raises(UserError, match=words):
         sources.open_source(**(values | {"num_classes": 10} | change))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mnist", ("mnist", "", "")),
+        ("image_folder:my: pictures", ("image_folder", "my: pictures", "")),
+        ("array_record:gs://bucket/set", ("array_record", "gs://bucket/set", "")),
+        ("tfds:imagenet2012:/data", ("tfds", "/data", "imagenet2012")),
+        ("tfds:a/b:5.1.0:gs://bucket/x", ("tfds", "gs://bucket/x", "a/b:5.1.0")),
+    ],
+)
+def test_a_dataset_in_a_flag(text, expected):
+    assert sources.parse_dataset(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "mnits", "mnist:x", "image_folder", "image_folder:", "tfds:imagenet2012", "latents:x"],
+)
+def test_what_is_no_dataset_is_refused(text):
+    with pytest.raises(
+        UserError, match=rf"the dataset '{text}' is not understood; pass mnist, imag"
+    ):
+        sources.parse_dataset(text)
+
+
+def test_a_dataset_is_opened(folder):
+    values = {"size": 16, "channels": 3, "num_classes": 2}
+    opened = sources.open_dataset(f"image_folder:{folder}", "held_out", **values)
+    expected = ImageFolderSource(folder, "held_out", 16, 3)
+    for ours, theirs in zip(sources.all_images(opened), sources.all_images(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    words = (
+        r"the dataset 'mnist' can't be read as images of 16x16 pixels with 3 channels: data.size"
+    )
+    with pytest.raises(UserError, match=words):
+        sources.open_dataset("mnist", "train", **values)
+
+
+def test_fingerprints_tell_images_apart(folder):
+    def fingerprint():
+        return ImageFolderSource(folder, "train", 16, 3).fingerprint
+
+    before = fingerprint()
+    assert fingerprint() == before
+    moved = folder.rename(folder.with_name("moved"))
+    assert ImageFolderSource(moved, "train", 8, 1).fingerprint == before
+    moved.rename(folder)
+    path = ImageFolderSource(folder, "train", 16, 3)._files[0]
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert fingerprint() != before
+    digits = [MnistSource(split).fingerprint for split in sources.SPLITS]
+    assert digits[0] != digits[1]

@@ -14,6 +14,7 @@ GROUND = "ground floor"
 PROGRAMS = [
     *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
     *("sample", "evaluate", "draw", "prepare_images"),
+    *("encode", "encode_verify"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
 ]
 ROOMS = {
@@ -30,7 +31,10 @@ ROOMS = {
     "objective": (["objective", "autoencoder_objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
-    "autoencoder files": (["autoencoder_files", "mesh_autoencoder"], [GROUND, "models"]),
+    "autoencoder files": (
+        ["autoencoder_files", "mesh_autoencoder", "latent_encoder"],
+        [GROUND, "models"],
+    ),
     "storage": (["train_state", "checkpoints", "checkpoint_weights"], [GROUND]),
     "metric log": (["metric_log", "metric_files"], [GROUND]),
     "data": (["data"], [GROUND]),

@@ -188,11 +188,11 @@ def test_images_are_taken_some_at_a_time_and_as_many_as_there_are(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"autoencoder__path": ""}, "data.name='latents'|autoencoder.path is empty"),
+        ({"autoencoder__path": ""}, "autoencoder.path is empty"),
         ({"autoencoder__path": "nowhere"}, "no autoencoder in nowhere"),
-        ({"data__channels": 3}, "data.channels is 3, .* latents of 2; set data.channels=2"),
+        ({"data__channels": 3}, "data.channels is 3, .* latents of 2 channels; set data.channels=2"),
         ({"autoencoder__scale": 0.5}, "scale is 0.5, .* is 0.7; set autoencoder.scale=0.7"),
-        ({"autoencoder__dtype": "float16"}, "unknown dtype 'float16'"),
+        ({"autoencoder__dtype": "float16"}, "unknown autoencoder.dtype 'float16'"),
     ],
 )
 def test_an_autoencoder_that_does_not_fit_is_refused(folder, change, message):

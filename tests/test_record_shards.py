@@ -1,5 +1,6 @@
 """Sets of records: whole shards, the manifest, and what is done about damage."""
 
+import dataclasses
 import json
 import logging as python_logging
 import os
@@ -207,6 +208,32 @@ def test_what_does_not_decode_is_treated_alike(folder, caplog):
     with caplog.at_level(python_logging.WARNING, logger="absl"):
         assert reader(folder, "skip").decoded_at([4, 2], decode) == [record(6), record(2)]
     assert "4.png is no image" in caplog.text
+
+
+def test_a_reader_that_replaces_none_leaves_out_damaged_shards_alone(folder):
+    damage(folder, 27)
+    writer(folder).path(0).unlink()
+    shards = shards_of(folder, read_manifest(folder, "noise"))
+    strict = RecordReader(shards, "skip", MEND, replaces=False)
+    (left_out,) = strict.left_out
+    assert left_out["name"] == "noise-00000-of-00003.array_record"
+    assert left_out["reason"].endswith(f"00000-of-00003.array_record is missing; {MEND}.")
+    assert strict.records_at([6, 8]) == [record(26), record(28)]
+    with pytest.raises(UserError, match=rf"record 7 of .*noise-00001.* is corrupt; {MEND}\.$"):
+        strict.records_at([6, 7, 8])
+    with pytest.raises(UserError, match=r"^nothing is right\.$"):
+        strict.decoded_at([6], refuse_all)
+    assert RecordReader(shards, "skip", MEND).records_at([7]) == [record(28)]
+
+
+def test_fingerprints_tell_sets_apart(folder, tmp_path):
+    before = reader(folder).fingerprint
+    moved = folder.rename(tmp_path / "moved")
+    assert reader(moved).fingerprint == before
+    shards = shards_of(moved, read_manifest(moved, "noise"))
+    assert RecordReader(shards[1:], "refuse", MEND).fingerprint != before
+    first = dataclasses.replace(shards[0], sha256="0")
+    assert RecordReader([first, *shards[1:]], "refuse", MEND).fingerprint != before
 
 
 def refuse_all(_):

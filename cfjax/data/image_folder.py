@@ -8,7 +8,7 @@ import numpy as np
 from absl import logging
 
 from cfjax.data.image_files import check_channels, map_with_progress, read_image
-from cfjax.data.image_listing import EXTENSIONS, class_folders, files_of_class
+from cfjax.data.image_listing import EXTENSIONS, class_folders, files_of_class, fingerprint
 from cfjax.data.images import center_crop
 from cfjax.data.records import ON_CORRUPT
 from cfjax.data.splits import held_out
@@ -70,6 +70,11 @@ class ImageFolderSource:
             logging.warning("skipped: %s", reason)
         if broken:
             logging.warning("skipped %d of %d images in %s", len(broken), len(listed), root)
+        left_out = sorted(broken.items()) if split == "train" else ()  # they count once
+        self.left_out = tuple(
+            {"name": file.relative_to(root).as_posix(), "reason": str(reason)}
+            for file, reason in left_out
+        )
         usable = [(file, label) for file, label in listed if file not in broken]
         for label, folder in enumerate(folders):
             if not any(of == label for _, of in usable):
@@ -88,12 +93,19 @@ class ImageFolderSource:
             raise UserError(
                 f"the image folder {root} has too few images for a split {split!r}; add some."
             )
-        self._files = [file for file, _ in chosen]
+        self._root, self._files = root, [file for file, _ in chosen]
         self.labels = np.array([label for _, label in chosen], np.int32)
         self._images = None if images is None else np.stack([images[file] for file in self._files])
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(
+            (file.relative_to(self._root).as_posix(), self.class_names[label], file.stat().st_size)
+            for file, label in zip(self._files, self.labels, strict=True)
+        )
 
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         if self._images is not None:

@@ -1,9 +1,10 @@
 """Lists images by class: of folders, and of tar files, whose members are read in place."""
 
 import dataclasses
+import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path, PurePosixPath
 
@@ -88,6 +89,14 @@ def files_of_class(folder: Path) -> list[Path]:
 def class_folders(root: Path) -> list[Path]:
     """The sub-folders, each a class, sorted."""
     return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def fingerprint(images: Iterable[tuple[str, str, int]]) -> str:
+    """A hash of images' names, classes and numbers of bytes, but not of where they lie."""
+    digest = hashlib.sha256()
+    for name, class_name, num_bytes in images:
+        digest.update(os.fsencode(f"{name}\0{class_name}\0{num_bytes}\n"))
+    return digest.hexdigest()
 
 
 def _is_image(name: PurePosixPath | Path, path: Path | None = None) -> bool:

@@ -97,6 +97,7 @@ class ArrayRecordSource:
         size: int,
         channels: int,
         on_corrupt: str = "refuse",
+        replaces: bool = True,
     ):
         """Opens all shards.
 
@@ -106,6 +107,7 @@ class ArrayRecordSource:
           size: height and width after the crop.
           channels: 1 (grey) or 3 (RGB).
           on_corrupt: "refuse" a damaged shard or image, or "skip" it and name it in the log.
+          replaces: see `cfjax.data.records.RecordReader`.
 
         Raises:
           UserError: the set is missing, damaged, or not of these images.
@@ -133,10 +135,18 @@ class ArrayRecordSource:
         self.class_names = tuple(description["class_names"])
         self.image_shape = (size, size, channels)
         mend = "delete it and run cfjax.prepare_images again"
-        self._reader = RecordReader(shards_of(folder, manifest), on_corrupt, mend)
+        self._reader = RecordReader(shards_of(folder, manifest), on_corrupt, mend, replaces)
 
     def __len__(self) -> int:
         return len(self._reader)
+
+    @property
+    def left_out(self) -> tuple[dict[str, str], ...]:
+        return self._reader.left_out
+
+    @property
+    def fingerprint(self) -> str:
+        return self._reader.fingerprint
 
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         decoded = self._reader.decoded_at(indices, self._decode)

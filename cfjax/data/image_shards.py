@@ -1,7 +1,6 @@
 """From listed images to a set of array_record shards, in several processes."""
 
 import dataclasses
-import hashlib
 import multiprocessing
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cfjax.data.image_listing import ListedImage
+from cfjax.data.image_listing import ListedImage, fingerprint
 from cfjax.data.image_records import KIND, Storing, pack
 from cfjax.data.record_shards import ShardWriter
 from cfjax.data.records import ON_CORRUPT
@@ -69,7 +68,7 @@ def write_image_set(
             **dataclasses.asdict(storing),
             "class_names": list(class_names),
             "num_listed": len(images),
-            "listing_sha256": _fingerprint(images),
+            "listing_sha256": fingerprint((it.name, it.class_name, it.num_bytes) for it in images),
             "examples_per_shard": examples_per_shard,
         },
         num_shards=len(starts),
@@ -160,12 +159,3 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _fingerprint(images: Sequence[ListedImage]) -> str:
-    """Of names, classes and sizes, but not of where they lie."""
-    digest = hashlib.sha256()
-    for image in images:
-        line = f"{image.name}\0{image.class_name}\0{image.num_bytes}\n"
-        digest.update(os.fsencode(line))
-    return digest.hexdigest()

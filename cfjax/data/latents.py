@@ -1,7 +1,8 @@
 """Encoded images: moments of the autoencoder's latents as records of one fixed layout.
 
 A record holds the moments of an image and of its mirror image, so that training picks the flip
-without the autoencoder, and samples from the moments anew each time.
+without the autoencoder, and samples from the moments anew each time. They are what
+`AutoencoderKL.encode_parameters` gives, the log-variances unclipped, and `split_moments` reads them.
 """
 
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ class LatentsSource:
     """Moments that `cfjax.encode` wrote. See `cfjax.data.sources.Source`.
 
     Attributes:
+      folder: of the split.
       description: how the set was made, from its manifest.
     """
 
@@ -90,7 +92,7 @@ class LatentsSource:
                 f"there is no folder {folder}; set data.path to one that cfjax.encode made."
             )
         manifest = read_manifest(folder, KIND)
-        self.description = manifest["description"]
+        self.folder, self.description = folder, manifest["description"]
         found = tuple(self.description[name] for name in ("size", "channels"))
         if found != (size, channels):
             raise UserError(
@@ -107,9 +109,45 @@ class LatentsSource:
     def __len__(self) -> int:
         return len(self._reader)
 
+    @property
+    def left_out(self) -> tuple[dict[str, str], ...]:
+        return self._reader.left_out
+
+    @property
+    def fingerprint(self) -> str:
+        return self._reader.fingerprint
+
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         records = unpack(self._reader.records_at(indices), self._stored)
         return {
             "moments": records["moments"].view(self._dtype),
             "label": records["label"].astype(np.int32),
+            "source_id": records["source_id"].astype(np.int64),
         }
+
+
+def check_autoencoder(source: LatentsSource, checksum: str, scale: float) -> None:
+    """Refuses latents that are not those of an autoencoder, or not for its scale.
+
+    Args:
+      source: the latents.
+      checksum: sha256 of the autoencoder's weights.
+      scale: by which its latents are to be multiplied.
+
+    Raises:
+      UserError: they are of another autoencoder, or for another scale.
+    """
+    found = source.description.get("autoencoder_sha256")
+    if found != checksum:
+        raise UserError(
+            f"the latents in {source.folder} are those of an autoencoder whose weights have the"
+            f" sha256 {found}, but that of autoencoder.path has {checksum}; set autoencoder.path to"
+            " the former or run cfjax.encode again into another folder."
+        )
+    found = source.description.get("scale")
+    if found != scale:
+        raise UserError(
+            f"the latents in {source.folder} were encoded for the scale {found}, but that of the"
+            f" autoencoder is {scale}; convert the autoencoder with --scale={found} or run cfjax.encode"
+            " again into another folder."
+        )

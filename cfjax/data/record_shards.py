@@ -54,11 +54,7 @@ class ShardWriter:
         Raises:
           UserError: another description, or a place that can't be written to.
         """
-        if is_cloud(self.folder):
-            raise UserError(
-                f"shards can't be written to {fspath(self.folder)}; write them to a disk and copy"
-                " the folder."
-            )
+        check_on_disk(self.folder)
         asked = {"kind": self.kind, **self.description, "num_shards": self.num_shards}
         path = self.folder / _DESCRIPTION_FILE
         if path.exists():
@@ -142,6 +138,18 @@ class ShardWriter:
             return entry if path.stat().st_size == entry["num_bytes"] else None
         except (OSError, ValueError):
             return None
+
+
+def check_on_disk(folder: str | PathLike) -> None:
+    """Refuses a folder in cloud storage, to which shards can't be written.
+
+    Raises:
+      UserError: it is one.
+    """
+    if is_cloud(folder):
+        raise UserError(
+            f"shards can't be written to {fspath(folder)}; write them to a disk and copy the folder."
+        )
 
 
 def check_description(

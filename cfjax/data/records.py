@@ -1,12 +1,15 @@
 """Reading records of array_record shards at random, and what is damaged."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import resource
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
 from os import PathLike, fspath
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +37,7 @@ class Shard:
       first: the first that is meant.
       count: how many are; None for all from `first` on.
       num_bytes: its size, where it is known.
+      sha256: of the file, where it is known; not compared.
     """
 
     path: str
@@ -41,6 +45,7 @@ class Shard:
     first: int = 0
     count: int | None = None
     num_bytes: int | None = None
+    sha256: str = ""
 
 
 def read_manifest(folder: str | PathLike, kind: str) -> dict[str, Any]:
@@ -85,7 +90,12 @@ def shards_of(folder: str | PathLike, manifest: dict[str, Any]) -> list[Shard]:
     """The shards that a manifest lists."""
     place = absolute(folder)
     return [
-        Shard(fspath(place / it["file"]), it["num_records"], num_bytes=it["num_bytes"])
+        Shard(
+            fspath(place / it["file"]),
+            it["num_records"],
+            num_bytes=it["num_bytes"],
+            sha256=it["sha256"],
+        )
         for it in manifest["shards"]
     ]
 
@@ -113,9 +123,13 @@ def verify_checksums(folder: str | PathLike, manifest: dict[str, Any]) -> None:
 
 
 class RecordReader:
-    """Random access to the records of several shards, from several threads."""
+    """Random access to the records of several shards, from several threads.
 
-    def __init__(self, shards: Sequence[Shard], on_corrupt: str, mend: str):
+    Attributes:
+      left_out: of each damaged shard that was skipped, its `{"name", "reason"}`.
+    """
+
+    def __init__(self, shards: Sequence[Shard], on_corrupt: str, mend: str, replaces: bool = True):
         """Opens all shards and compares them with what they must be.
 
         Args:
@@ -123,12 +137,14 @@ class RecordReader:
           on_corrupt: "refuse" what is damaged; or "skip" it and name it in the log: a shard is
             left out, and instead of a record the next sound one is read.
           mend: how a shard is made again, for errors: "delete it and run ...".
+          replaces: read the next sound record where one is to be skipped; else refuse it all the
+            same, for a caller who leaves it out.
 
         Raises:
           UserError: a shard is missing or damaged and to be refused, or there is no record.
         """
         check_choice("data.on_corrupt", on_corrupt, ON_CORRUPT)
-        self._on_corrupt, self._mend = on_corrupt, mend
+        self._on_corrupt, self._mend, self._replaces = on_corrupt, mend, replaces
         _allow_open_files(len(shards))
         with ThreadPool(16) as pool:
             opened = pool.map(_open, shards)
@@ -137,6 +153,11 @@ class RecordReader:
             raise UserError(f"{listed(damage)}; {mend}, or set data.on_corrupt=skip.")
         for reason in damage:
             logging.warning("skipped a shard: %s", reason)
+        self.left_out = tuple(
+            {"name": PurePath(shard.path).name, "reason": f"{reason}; {mend}."}
+            for shard, (_, reason) in zip(shards, opened, strict=True)
+            if reason
+        )
         sound = [(s, r) for s, (r, reason) in zip(shards, opened, strict=True) if not reason]
         self._shards = [shard for shard, _ in sound]
         self._readers = [reader for _, reader in sound]
@@ -149,6 +170,16 @@ class RecordReader:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the shards' names, counts, sizes and known checksums."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            place = absolute(shard.path)
+            part = shard.first, shard.count, shard.num_records, place.stat().length, shard.sha256
+            digest.update(os.fsencode(f"{place.name}\0{part}\n"))
+        return digest.hexdigest()
 
     def records_at(self, indices: Sequence[int]) -> list[bytes]:
         """The records at some indices, read shard by shard.
@@ -222,6 +253,8 @@ class RecordReader:
         if self._on_corrupt == "refuse":
             sentence = str(error).removesuffix(".")
             raise UserError(f"{sentence}, or set data.on_corrupt=skip.") from error
+        if not self._replaces:
+            raise error
         with self._lock:
             if index not in self._named:
                 self._named.add(index)

@@ -29,6 +29,7 @@ class TfdsSource:
         size: int,
         channels: int,
         on_corrupt: str = "refuse",
+        replaces: bool = True,
     ):
         """Opens all shards.
 
@@ -39,6 +40,7 @@ class TfdsSource:
           size: height and width after the crop.
           channels: 1 (grey) or 3 (RGB).
           on_corrupt: "refuse" a damaged shard or image, or "skip" it and name it in the log.
+          replaces: see `cfjax.data.records.RecordReader`.
 
         Raises:
           UserError: the set is unknown, not prepared, prepared in a format without random access,
@@ -62,10 +64,19 @@ class TfdsSource:
         self.image_shape = (size, size, channels)
         instructions = builder.info.splits[_tfds_split(builder, split)].file_instructions
         shards = [Shard(it.filename, it.examples_in_shard, it.skip, it.take) for it in instructions]
-        self._reader = RecordReader(shards, on_corrupt, "copy it anew or prepare the set again")
+        mend = "copy it anew or prepare the set again"
+        self._reader = RecordReader(shards, on_corrupt, mend, replaces)
 
     def __len__(self) -> int:
         return len(self._reader)
+
+    @property
+    def left_out(self) -> tuple[dict[str, str], ...]:
+        return self._reader.left_out
+
+    @property
+    def fingerprint(self) -> str:
+        return self._reader.fingerprint
 
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         decoded = self._reader.decoded_at(indices, self._decode)
