@@ -170,8 +170,8 @@ def test_pictures_of_a_latent_model(folder, tmp_path):
     frames, timesteps = draw.factorization_plane(sampler, 3, 4, 0, {})
     assert frames.shape == (4, len(timesteps), 28, 28, 3)
     blue = (frames == [90, 120, 170]).all(-1)
-    # In generation order: 12, 8, 4 and none of 16 tokens are yet to come, each 7x7 latents of 2 pixels.
-    assert blue.sum((2, 3)).tolist() == [[n * 14 * 14] * len(timesteps) for n in (12, 8, 4, 0)]
+    # 3, 2, 1 and none of the 4 tokens are yet to come, each of 7x7 latents of 2x2 pixels.
+    assert blue.sum((2, 3)).tolist() == [[n * 14 * 14] * len(timesteps) for n in (3, 2, 1, 0)]
 
 
 def test_images_are_taken_some_at_a_time_and_as_many_as_there_are(folder):
@@ -190,7 +190,10 @@ def test_images_are_taken_some_at_a_time_and_as_many_as_there_are(folder):
     [
         ({"autoencoder__path": ""}, "autoencoder.path is empty"),
         ({"autoencoder__path": "nowhere"}, "no autoencoder in nowhere"),
-        ({"data__channels": 3}, "data.channels is 3, .* latents of 2 channels; set data.channels=2"),
+        (
+            {"data__channels": 3},
+            "data.channels is 3, .* latents of 2 channels; set data.channels=2",
+        ),
         ({"autoencoder__scale": 0.5}, "scale is 0.5, .* is 0.7; set autoencoder.scale=0.7"),
         ({"autoencoder__dtype": "float16"}, "unknown autoencoder.dtype 'float16'"),
     ],
