@@ -37,6 +37,7 @@ def config(**overrides):
         "data.channels": CHANNELS,
         "data.num_classes": len(CLASSES),
         "data.num_threads": 2,
+        "autoencoder.scale": 0.0,
     }
     dotted = {name.replace("__", "."): value for name, value in overrides.items()}
     return load_config(f"{tiny.CONFIGS / 'imagenet256.py'}:l", values | dotted)
@@ -47,6 +48,7 @@ def flags(**overrides):
     values = {"size": SIZE, "channels": CHANNELS, "num_classes": len(CLASSES), "num_threads": 2}
     return [
         f"--config={tiny.CONFIGS / 'imagenet256.py'}:l",
+        "--config.autoencoder.scale=0",
         *(f"--config.data.{name}={value}" for name, value in (values | overrides).items()),
     ]
 
