@@ -126,7 +126,7 @@ def test_what_one_of_two_processes_refuses_ends_both(vae, tmp_path):
     codes, said = ended(start_two(*flags))
     assert codes == [2, 2], said
     words = "error: process 1 has images that can't be encoded; see what it said."
-    assert said[0].splitlines()[-1] == words
+    assert words in said[0].splitlines()
     assert (
         said[1].splitlines()[-1].startswith("error: 3 images can't be encoded (the image cut.jpg")
     )
