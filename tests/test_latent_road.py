@@ -26,10 +26,12 @@ AUTOENCODER = {
     "data.channels": 3,
     "autoencoder.channels": 8,
     "autoencoder.channel_multipliers": (1, 2),
+    "autoencoder.num_res_blocks": 0,
     "train.global_batch_size": 32,
     "train.num_train_steps": 60,
     "train.log_every": 20,
     "optimizer.warmup_steps": 10,
+    "optimizer.ema_decay": 0.9,
 }
 LATENTS = {
     "data.size": SIZE // 2,
