@@ -86,7 +86,7 @@ def describe(
         "crop": "adm",
         "image_size": config.data.size * module.downsampling,
         "image_channels": module.image_channels,
-        "images_per_device": images_per_device,
+        "batch_size": images_per_device,
     }
 
 

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from cfjax.autoencoder_files import Autoencoder
+from cfjax.autoencoder_objective import psnr
 from cfjax.data.image_files import write_png
-from cfjax.data.images import to_uint8
+from cfjax.data.images import to_model_range, to_uint8
 from cfjax.data.latents import KIND, LatentsSource
 from cfjax.data.records import read_manifest, verify_checksums
 from cfjax.data.sources import Source
 from cfjax.errors import UserError
-from cfjax.evaluation.reconstruction import psnr
 from cfjax.models.autoencoder_kl import split_moments
 from cfjax.visualization import image_grid
 
@@ -25,7 +25,8 @@ class Verified:
     """What was found.
 
     Attributes:
-      psnr: of the reconstruction of each image and of its mirror image, float64 `[N, 2]`, in dB.
+      psnr: of the reconstruction of each image and of its mirror image, float64 `[N, 2]`, in dB, see
+        `cfjax.autoencoder_objective.psnr`.
       picture: a PNG, each image with its reconstruction beside it.
     """
 
@@ -62,9 +63,10 @@ def verify(folder: Path, source: Source, autoencoder: Autoencoder, count: int) -
     both = np.stack([images, images[:, :, ::-1]], axis=1)
     decode = jax.jit(lambda params, z: module.apply({"params": params}, z, method="decode"))
     modes = split_moments(encoded["moments"].astype(np.float32)).mode()
-    decoded = np.stack([to_uint8(decode(params, of_one)) for of_one in modes])
+    decoded = np.stack([decode(params, of_one) for of_one in modes])
     flat = (-1, *source.image_shape)
     picture = folder.with_name(f"{folder.name}_reconstructions.png")
-    pairs = np.stack([images, decoded[:, 0]], axis=1).reshape(flat)
+    pairs = np.stack([images, to_uint8(decoded[:, 0])], axis=1).reshape(flat)
     write_png(picture, image_grid(pairs, num_columns=2 * min(len(chosen), _PAIRS_IN_A_ROW)))
-    return Verified(psnr(both.reshape(flat), decoded.reshape(flat)).reshape(-1, 2), picture)
+    decibels = psnr(decoded.reshape(flat), to_model_range(both.reshape(flat)))
+    return Verified(np.asarray(decibels, np.float64).reshape(-1, 2), picture)

@@ -291,9 +291,7 @@ def test_a_dataset_is_opened(folder):
     expected = ImageFolderSource(folder, "held_out", 16, 3)
     for ours, theirs in zip(sources.all_images(opened), sources.all_images(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    words = (
-        r"the dataset 'mnist' can't be read as images of 16x16 pixels with 3 channels: data.size"
-    )
+    words = r"the dataset 'mnist' can't be read as images of 16x16x3: data.size"
     with pytest.raises(UserError, match=words):
         sources.open_dataset("mnist", "train", **values)
 

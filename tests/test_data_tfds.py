@@ -10,7 +10,7 @@ from PIL import Image
 
 from cfjax.data import sources
 from cfjax.data.images import center_crop
-from cfjax.data.sources import open_source
+from cfjax.data.sources import open_dataset, open_source
 from cfjax.data.tfds_images import TfdsSource
 from cfjax.errors import UserError
 
@@ -135,6 +135,14 @@ def test_imagenet_that_is_not_prepared_is_refused_with_the_command(tmp_path):
         TfdsSource("imagenet2012", tmp_path, "train", 16, 3)
 
 
+def readable(source, index):
+    try:
+        source.examples_at([index])
+    except UserError:
+        return False
+    return True
+
+
 def test_damage_is_refused_or_skipped(tmp_path):
     place = build(tmp_path)
     (path,) = place.glob("*train*")
@@ -149,6 +157,15 @@ def test_damage_is_refused_or_skipped(tmp_path):
         np.asarray(picture("train", i))[:, 5:25].tobytes(): i % 3 for i in range(20) if i != 4
     }
     assert {i.tobytes(): label for i, label in zip(images, labels, strict=True)} == expected
+    dataset = f"tfds:tiny_set:1.0.0:{tmp_path}"
+    strict = open_dataset(
+        dataset, "train", size=20, channels=3, num_classes=3, on_corrupt="skip", replaces=False
+    )
+    (position,) = [i for i in range(20) if not readable(strict, i)]
+    with pytest.raises(
+        UserError, match=rf"record {position} of the shard .* prepare the set again\.$"
+    ):
+        strict.examples_at([position])
     path.write_bytes(content[:-100])
     with pytest.raises(UserError, match=r"has 0 records instead of 20; copy it anew or prepare"):
         TfdsSource("tiny_set", tmp_path, "train", 20, 3)

@@ -130,7 +130,7 @@ def test_the_manifest_says_what_fixed_the_bytes(pictures, vae, tmp_path):
         "crop": "adm",
         "image_size": IMAGE_SIZE,
         "image_channels": 3,
-        "images_per_device": 3,
+        "batch_size": 3,
         "class_names": list(CLASSES),
         "num_images": manifests["train"]["num_records"],
         "examples_per_shard": 10,
@@ -141,7 +141,7 @@ def test_the_manifest_says_what_fixed_the_bytes(pictures, vae, tmp_path):
     ("overrides", "options", "words"),
     [
         ({}, {"dtype": "float32"}, "made with dtype 'bfloat16', not 'float32'"),
-        ({}, {"images_per_device": 4}, "made with images_per_device 3, not 4"),
+        ({}, {"images_per_device": 4}, "made with batch_size 3, not 4"),
         ({}, {"examples_per_shard": 11}, "made with examples_per_shard 10, not 11"),
         ({"data__size": 4}, {}, "made with size 8, not 4"),
         ({"autoencoder__dtype": "bfloat16"}, {}, "made with autoencoder_dtype 'float32', not 'bf"),
@@ -157,7 +157,7 @@ def test_the_manifest_says_what_fixed_the_bytes(pictures, vae, tmp_path):
         ({"data__num_threads": -1}, {"out": "new"}, "data.num_threads must be at least 0, got -1"),
         ({}, {"vae": ""}, "no autoencoder is named; pass its folder by --vae or autoencoder.path"),
         ({}, {"vae": "nowhere"}, "there is no autoencoder in nowhere"),
-        ({}, {"dataset": "mnist"}, r"'mnist' can't be read as images of 16x16 pixels with 3 chan"),
+        ({}, {"dataset": "mnist"}, r"'mnist' can't be read as images of 16x16x3: data"),
         (
             {},
             {"dataset": "latents:x"},
@@ -227,3 +227,24 @@ def test_bfloat16_is_rounded_to_the_nearest(pictures, vae, tmp_path):
         for dtype in ("float32", "bfloat16")
     )
     np.testing.assert_array_equal(exact.astype(ml_dtypes.bfloat16), rounded)
+
+
+@pytest.mark.slow
+def test_grey_digits(tmp_path):
+    module = tiny_encoding.MODULE.clone(image_channels=1)
+    params = module.init(jax.random.key(0), np.zeros((1, 4, 4, 1)))["params"]
+    autoencoder_files.save(tmp_path / "vae", module, params)
+    manifest = run(
+        *(None, str(tmp_path / "vae"), tmp_path / "out", "mnist"),
+        overrides={"data__size": 14, "data__num_classes": 10},
+        splits=["held_out"],
+        examples_per_shard=1000,
+        images_per_device=25,
+        num_verified=1,
+    )["held_out"]
+    assert manifest["num_records"] == 1000 and manifest["description"]["dataset"] == "mnist"
+    latents = LatentsSource(tmp_path / "out", "held_out", 14, CHANNELS)
+    _, labels = all_images(
+        open_source("mnist", "", "held_out", size=28, channels=1, num_classes=10)
+    )
+    np.testing.assert_array_equal(latents.examples_at(range(1000))["label"], labels)

@@ -159,8 +159,7 @@ def open_dataset(
         )
     except UserError as error:
         raise UserError(
-            f"the dataset {text!r} can't be read as images of {size}x{size} pixels with {channels}"
-            f" channels: {error}"
+            f"the dataset {text!r} can't be read as images of {size}x{size}x{channels}: {error}"
         ) from error
 
 
