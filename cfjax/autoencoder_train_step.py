@@ -1,7 +1,8 @@
 """The train step of an autoencoder as a pure function, and as the program that a run compiles."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +44,17 @@ class AutoencoderTrainStep:
 
 
 def train_step(
-    state: TrainState, batch: Mapping[str, jax.Array], settings: AutoencoderTrainStep
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    lpips_params: Any,
+    settings: AutoencoderTrainStep,
 ) -> tuple[TrainState, Totals]:
     """One train step, pure.
 
     Args:
       state: before the train step.
       batch: "image" float32 `[batch, H, W, C]` in [-1, 1].
+      lpips_params: of `Lpips`; None when the objective has no weight for it.
       settings: static.
 
     Returns:
@@ -73,7 +78,8 @@ def compile_train_step(
     mesh: Mesh,
     abstract_state: TrainState,
     image_shape: tuple[int, int, int, int],
-) -> jax.stages.Compiled:
+    lpips_params: Any = None,
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Totals]]:
     """The train step as it runs: it takes `(state, {"image", "label"})` and donates the state.
 
     Args:
@@ -81,6 +87,7 @@ def compile_train_step(
       mesh: over whose devices the batch is split; the parameters are whole on each.
       abstract_state: `ShapeDtypeStruct`s with shardings.
       image_shape: `(global batch, H, W, C)`.
+      lpips_params: as of `train_step`, NumPy arrays.
     """
     rows = batch_sharding(mesh)
     abstract_batch = {
@@ -89,9 +96,12 @@ def compile_train_step(
     }
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     jitted = jax.jit(
-        lambda state, batch: train_step(state, batch, settings),
+        lambda state, batch, lpips_params: train_step(state, batch, lpips_params, settings),
         donate_argnums=0,
         out_shardings=(state_shardings, replicated(mesh)),
     )
+    # An argument, as constants would be compiled in.
+    lpips_params = jax.device_put(lpips_params, replicated(mesh))
     with activate(mesh):
-        return jitted.lower(abstract_state, abstract_batch).compile()
+        compiled = jitted.lower(abstract_state, abstract_batch, lpips_params).compile()
+    return lambda state, batch: compiled(state, batch, lpips_params)

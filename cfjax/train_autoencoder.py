@@ -17,6 +17,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from os import PathLike
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -27,6 +28,7 @@ from cfjax import (
     autoencoder_results,
     build,
     build_data,
+    lpips_files,
     preemption,
     processes,
     program,
@@ -40,6 +42,7 @@ from cfjax.build_data import DTYPES
 from cfjax.config_loading import define_config_flag
 from cfjax.errors import UserError, check_choice
 from cfjax.models.autoencoder_kl import AutoencoderKL
+from cfjax.models.lpips import Lpips
 from cfjax.optimizer import make_optimizer
 from cfjax.paths import absolute
 from cfjax.rng import stream_key
@@ -69,6 +72,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     module, batch_size = settings.module, config.train.global_batch_size
     mesh = sharding.make_mesh()
     sharding.check_batch_divides(batch_size, mesh)
+    lpips_params = _lpips_params(config)
     source, held_out = (build_data.images(config, split) for split in ("train", "held_out"))
     shown = autoencoder_results.shown_images(held_out)
     abstract_state = sharding.abstract_sharded(settings.init, mesh, stream_key(config.seed, "init"))
@@ -83,7 +87,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         source=source,
         init=settings.init,
         abstract_state=abstract_state,
-        compile=lambda _: _train_steps(settings, mesh, abstract_state, image_shape),
+        compile=lambda _: _train_steps(settings, mesh, abstract_state, image_shape, lpips_params),
         description=f"{rows}x{rows} latents of {module.latent_channels} channels",
         picture=picture,
         picture_name="reconstructions",
@@ -134,9 +138,14 @@ def train_step_settings(config: ConfigDict) -> AutoencoderTrainStep:
     Raises:
       UserError: fields that don't fit each other or the images.
     """
+    loss = config.loss
     return AutoencoderTrainStep(
         module=autoencoder(config),
-        objective=AutoencoderObjective(**config.loss),
+        objective=AutoencoderObjective(
+            reconstruction=loss.reconstruction,
+            kl_weight=loss.kl_weight,
+            perceptual_weight=loss.perceptual_weight,
+        ),
         optimizer=make_optimizer(build.optimizer_settings(config)),
         ema_decay=config.optimizer.ema_decay,
         seed=config.seed,
@@ -174,15 +183,34 @@ def autoencoder(config: ConfigDict) -> AutoencoderKL:
     return module
 
 
+def _lpips_params(config: ConfigDict) -> Any:
+    """The parameters of LPIPS, or None when it has no weight."""
+    weight, path = config.loss.perceptual_weight, config.loss.perceptual_path
+    if not weight:
+        return None
+    if not path:
+        raise UserError(
+            f"loss.perceptual_weight is {weight}, but loss.perceptual_path is empty; set it to a"
+            " folder that cfjax.convert --from=lpips wrote, or the weight to 0."
+        )
+    if config.data.size < Lpips().least_size:
+        raise UserError(
+            f"data.size {config.data.size} is too small for LPIPS, which needs {Lpips().least_size};"
+            " set loss.perceptual_weight to 0."
+        )
+    return lpips_files.load(path)
+
+
 def _train_steps(
     settings: AutoencoderTrainStep,
     mesh: Mesh,
     abstract_state: TrainState,
     image_shape: tuple[int, int, int, int],
+    lpips_params: Any,
 ) -> Iterator[TrainStep]:
     """Compiles the train step."""
     began = time.monotonic()
-    compiled = compile_train_step(settings, mesh, abstract_state, image_shape)
+    compiled = compile_train_step(settings, mesh, abstract_state, image_shape, lpips_params)
     logging.info("Compiled the train step in %.0f s.", time.monotonic() - began)
     return itertools.repeat(compiled)
 

@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
     config.loss.kl_weight = (
         1e-6  # of the KL divergence; more makes smoother latents, worse pictures
     )
+    config.loss.perceptual_weight = 0.0  # of LPIPS; 0 for none
+    config.loss.perceptual_path = ""  # the folder of LPIPS, which `cfjax.convert` writes
 
     config.optimizer = shared.optimizer
     config.optimizer.learning_rate = 1e-4

@@ -1,7 +1,6 @@
 """A small autoencoder of the embedded MNIST digits: 28x28 grey pixels to 7x7 latents of 4 channels.
 
-    python -m cfjax.train_autoencoder --config configs/mnist_autoencoder.py \
-        --workdir runs/mnist_autoencoder
+    python -m cfjax.train_autoencoder --config configs/mnist_autoencoder.py --workdir runs/mnist_vae
 
 Hardware: 2 CPU cores.
 """
@@ -21,13 +20,13 @@ def get_config() -> ConfigDict:
     config.data.num_classes = 10
     config.data.horizontal_flip = False
 
-    config.autoencoder.channels = 16
-    config.autoencoder.channel_multipliers = (1, 2, 2)
+    config.autoencoder.channels = 8
+    config.autoencoder.channel_multipliers = (1, 2, 4)
     config.autoencoder.num_res_blocks = 1
     config.autoencoder.num_groups = 4
 
     config.loss.reconstruction = "l2"
-    config.loss.kl_weight = 1e-4
+    config.loss.kl_weight = 1e-3
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100

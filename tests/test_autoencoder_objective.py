@@ -1,5 +1,7 @@
 """The loss of the autoencoder against scipy and formulas written out in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from cfjax import autoencoder_objective
 from cfjax.autoencoder_objective import AutoencoderObjective
 from cfjax.errors import UserError
 from cfjax.models.autoencoder_kl import AutoencoderKL, Moments
+from cfjax.models.lpips import Lpips
 from cfjax.rng import per_example_keys
 
 MODULE = AutoencoderKL(
@@ -97,6 +100,20 @@ def test_loss_is_what_its_page_says(reconstruction, case):
         # A float32 network, once on float32 latents that were rounded elsewhere.
         np.testing.assert_allclose(totals[name][0], value, rtol=1e-4, err_msg=name)
     np.testing.assert_allclose(loss, distance.mean() + 0.3 * kl.mean(), rtol=1e-4)
+
+
+def test_a_perceptual_loss_is_added(case, monkeypatch):
+    params, images, keys = case
+    small = functools.partial(Lpips, stages=((2, 3), (4,)))
+    monkeypatch.setattr(autoencoder_objective, "Lpips", small)
+    lpips_params = small().init(jax.random.key(1), images, images)["params"]
+    lpips_params = jax.tree.map(lambda leaf: jnp.abs(leaf), lpips_params)
+    without, _ = autoencoder_objective.loss(AutoencoderObjective(), MODULE, params, images, keys)
+    objective = AutoencoderObjective(perceptual_weight=0.7)
+    loss, totals = autoencoder_objective.loss(objective, MODULE, params, images, keys, lpips_params)
+    distance, count = totals["perceptual"]
+    assert distance > 1e-3 and count == 4
+    np.testing.assert_allclose(loss, without + 0.7 * distance / 4, rtol=1e-5)
 
 
 def test_an_image_draws_the_same_latents_in_any_batch(case):

@@ -32,7 +32,7 @@ ROOMS = {
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
     "autoencoder files": (
-        ["autoencoder_files", "mesh_autoencoder", "latent_encoder"],
+        ["autoencoder_files", "lpips_files", "mesh_autoencoder", "latent_encoder"],
         [GROUND, "models"],
     ),
     "storage": (["train_state", "checkpoints", "checkpoint_weights"], [GROUND]),
@@ -81,7 +81,8 @@ LIBRARIES = {
     "absl": None,
     "tqdm": None,
     "flax": [
-        *("sharding", "train_state", "models", "autoencoder_files", "checkpoint_weights"),
+        *("sharding", "train_state", "models", "autoencoder_files", "lpips_files"),
+        "checkpoint_weights",
         *("convert", "evaluation"),
     ],
     "optax": [

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from cfjax import autoencoder_files, autoencoder_results, checkpoints, sharding
+from cfjax import autoencoder_files, autoencoder_results, checkpoints, lpips_files, sharding
 from cfjax.data.image_files import read_image
 from cfjax.data.images import to_model_range, to_uint8
 from cfjax.data.sources import MnistSource
@@ -182,6 +182,30 @@ def test_bad_values_are_refused(overrides, words, tmp_path):
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+@pytest.mark.slow
+def test_trains_with_a_perceptual_loss(tmp_path):
+    """With random weights of VGG-16."""
+    rng = np.random.default_rng(0)
+    arrays = (
+        (path, rng.normal(0, 0.05, shape).astype(np.float32))
+        for path, shape in lpips_files.flat_shapes().items()
+    )
+    lpips_files.save_streaming(tmp_path / "lpips", arrays)
+    overrides = {"loss__perceptual_weight": 0.5, "loss__perceptual_path": str(tmp_path / "lpips")}
+    config = tiny.autoencoder_config(train__log_every=1, train__num_train_steps=2, **overrides)
+    state = train(config, tmp_path / "run")
+    other = train(tiny.autoencoder_config(train__num_train_steps=2), tmp_path / "without")
+    lines = read_metrics(tmp_path / "run")
+    weights = config.loss
+    for line in lines:
+        expected = (
+            line["reconstruction"] + weights.kl_weight * line["kl"] + 0.5 * line["perceptual"]
+        )
+        np.testing.assert_allclose(line["loss"], expected, rtol=1e-5)
+    kernels = [it.params["quant_conv"]["kernel"] for it in (state, other)]
+    assert np.abs(np.subtract(*kernels)).max() > 0
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ Either side is "cfjax", the other one of
 | `ldm` | a `.ckpt` with the KL-8 autoencoder of Stable Diffusion in it | an autoencoder's folder |
 | `diffusers` | `.safetensors` of `AutoencoderKL`, or its folder | an autoencoder's folder |
 | `diffusers_old` | the same with the names of before 0.18 | an autoencoder's folder |
+| `lpips` | a folder with VGG-16 of torchvision and the layers of LPIPS | a folder, no way back |
 
 Missing, extra and misshapen arrays are refused. `conversion.json` beside the result lists every name
 with its shape and has the sha256 of source and result. See docs/weights.md.
@@ -39,13 +40,13 @@ from cfjax.config_loading import (
     define_config_flag,
     load_config,
 )
-from cfjax.convert import autoencoder, transformer
+from cfjax.convert import autoencoder, lpips, transformer
 from cfjax.convert.report import REPORT_FILE, Report, checksum
 from cfjax.errors import UserError, check_choice
 from cfjax.paths import is_cloud
 
 OURS, PUBLISHED = "cfjax", "published"
-FORMATS = (OURS, PUBLISHED, *autoencoder.FORMATS)
+FORMATS = (OURS, PUBLISHED, *autoencoder.FORMATS, lpips.FORMAT)
 _DEFAULT_CONFIG = Path(cfjax.__file__).parent.parent / "configs" / "imagenet256.py"
 _SIZE_FIELDS = re.compile(r"(model|data)\.")
 
@@ -60,6 +61,8 @@ def main(_: Sequence[str]) -> None:
         raise UserError(
             f"--from={source_format} --to={target_format} must have {OURS} on one side."
         )
+    if target_format == lpips.FORMAT:
+        raise UserError(f"--to={lpips.FORMAT} is not possible; its published files are the same.")
     for name in ("source", "out"):
         if is_cloud(values[name]):
             raise UserError(
@@ -92,6 +95,8 @@ def _convert(
         _published_to_ours(source, out, flags.FLAGS["config"].value, values["allow_pickle"], report)
     elif target_format == PUBLISHED:
         _ours_to_published(source, values["train_step"], out, report)
+    elif source_format == lpips.FORMAT:
+        lpips.to_ours(source, values["allow_pickle"], out, report)
     elif target_format == OURS:
         arrays, config = autoencoder.open_published(source, values["allow_pickle"])
         autoencoder.to_ours(arrays, source_format, config, values["scale"], out, report)
