@@ -29,7 +29,7 @@ def main(_: Sequence[str]) -> None:
     key = jax.random.key(config.seed)
     with sharding.activate(mesh):
         init = build.init_state(model, train_program.settings.optimizer)
-        state = sharding.born_sharded(init, mesh, key)
+        state = sharding.born_sharded(init, mesh, key, min_size=config.mesh.min_split_size)
         batch_size, data = config.train.global_batch_size, config.data
         batch = {
             "image": jax.random.normal(key, (batch_size, data.size, data.size, data.channels)),

@@ -60,7 +60,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     restored = checkpoints.restore_newest(workdir, abstract_state)
     if restored is None:
         init = build.init_state(train_program.settings.model, train_program.settings.optimizer)
-        state = sharding.born_sharded(init, mesh, stream_key(config.seed, "init"))
+        state = sharding.born_sharded(
+            init, mesh, stream_key(config.seed, "init"), min_size=config.mesh.min_split_size
+        )
         examples_seen = 0
     else:
         state, examples_seen = restored
