@@ -13,8 +13,9 @@ to what sharding costs:
   parameters on the same cores.
 - `overhead`: the time over that of `apart`, less 1. There each of the N devices takes the train step
   by itself, for its part of the batch, and nothing is shared: the same small programs, the same
-  updates, no collectives. This is the cost of sharding itself. With `fsdp` it may be below 0, as
-  each device then updates its part of the parameters alone.
+  updates, no collectives. This is the cost of sharding itself.
+
+The quick start's parameters are too small to be split; `--config.mesh.min_split_size=0` splits them.
 
 Both are medians of the ratio in each round. `cpu_overhead` is the same of CPU time, which other load
 touches less.

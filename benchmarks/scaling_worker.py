@@ -28,7 +28,8 @@ def sharded(config: ConfigDict, **sizes: int) -> Callable[[], None]:
     train_program = build.train_program(config, mesh)
     settings = train_program.settings
     init = build.init_state(settings.model, settings.optimizer)
-    state = sharding.born_sharded(init, mesh, jax.random.key(0))
+    min_size = config.mesh.min_split_size
+    state = sharding.born_sharded(init, mesh, jax.random.key(0), min_size=min_size)
     batch = measuring.random_batch(train_program)
     compiled = train_program.compile(train_program.clean_lengths[-1])
 

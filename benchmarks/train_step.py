@@ -29,7 +29,7 @@ def main(_: Sequence[str]) -> None:
     key = jax.random.key(config.seed)
     with sharding.activate(mesh):
         init = build.init_state(model, train_program.settings.optimizer)
-        state = sharding.born_sharded(init, mesh, key)
+        state = sharding.born_sharded(init, mesh, key, min_size=config.mesh.min_split_size)
         batch = measuring.random_batch(train_program)
         compiled, trace_seconds, compile_seconds = measuring.compile_seconds(
             functools.partial(train_program.lower, train_program.clean_lengths[-1])

@@ -209,7 +209,10 @@ def train_program(config: ConfigDict, mesh: Mesh) -> TrainProgram:
         settings=settings,
         mesh=mesh,
         abstract_state=sharding.abstract_sharded(
-            init_state(transformer, optimizer), mesh, stream_key(config.seed, "init")
+            init_state(transformer, optimizer),
+            mesh,
+            stream_key(config.seed, "init"),
+            min_size=config.mesh.min_split_size,
         ),
         abstract_batch={
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),

@@ -179,14 +179,15 @@ def _unconstrained(init_fn: Callable[..., Any]) -> Callable[..., Any]:
     return init
 
 
-def _leaf_sharding(leaf: Any, mesh: Mesh) -> NamedSharding:
+def _leaf_sharding(leaf: Any, mesh: Mesh, min_size: int) -> NamedSharding:
     names = leaf.names if meta.is_axis_metadata(leaf) else ()
     shape = unbox(leaf).shape
     if len(names) != len(shape):
         return NamedSharding(mesh, PartitionSpec())
+    num_values = math.prod(n for name, n in zip(names, shape, strict=True) if name != "layers")
     spec, used = [], set()
     for name, size in zip(names, shape, strict=True):
-        axes = _mesh_axes(name)
+        axes = () if name == "width" and num_values < min_size else _mesh_axes(name)
         if size % _num_parts(name, mesh) or used.intersection(axes):
             axes = ()
         used.update(axes)
@@ -194,7 +195,7 @@ def _leaf_sharding(leaf: Any, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+def state_shardings(abstract_state: Any, mesh: Mesh, min_size: int = 0) -> Any:
     """Shardings of a state from the logical axes of its leaves.
 
     A dimension that the mesh axis does not divide (a bias of 10 over fsdp=4), a second dimension
@@ -204,6 +205,8 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
       abstract_state: a tree of arrays or `ShapeDtypeStruct`s, boxed by flax with logical names
         where they have any.
       mesh: from `make_mesh`.
+      min_size: leaves of fewer values, of one layer where they are stacked, are not split over
+        their width: what is small costs more to gather than it saves.
 
     Returns:
       The tree without boxes, each leaf a `NamedSharding`.
@@ -212,11 +215,13 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
       KeyError: a logical name that `LOGICAL_AXIS_RULES` does not know.
     """
     return jax.tree.map(
-        lambda leaf: _leaf_sharding(leaf, mesh), abstract_state, is_leaf=meta.is_axis_metadata
+        lambda leaf: _leaf_sharding(leaf, mesh, min_size),
+        abstract_state,
+        is_leaf=meta.is_axis_metadata,
     )
 
 
-def abstract_sharded(init_fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+def abstract_sharded(init_fn: Callable[..., Any], mesh: Mesh, *args: Any, min_size: int = 0) -> Any:
     """What `born_sharded` would return, as `ShapeDtypeStruct`s with shardings; allocates nothing.
 
     The target of a restore.
@@ -225,11 +230,11 @@ def abstract_sharded(init_fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         unbox(boxed),
-        state_shardings(boxed, mesh),
+        state_shardings(boxed, mesh, min_size),
     )
 
 
-def born_sharded(init_fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
+def born_sharded(init_fn: Callable[..., Any], mesh: Mesh, *args: Any, min_size: int = 0) -> Any:
     """`init_fn(*args)` without its metadata boxes, every leaf made where it will live.
 
     No device ever holds more than its part. The values do not depend on the mesh.
@@ -239,9 +244,10 @@ def born_sharded(init_fn: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
         `lambda key: train_state.create(model.init(key, ...)["params"], optimizer)`.
       mesh: from `make_mesh`.
       *args: arrays, the same in every process.
+      min_size: see `state_shardings`.
     """
     init_fn = _unconstrained(init_fn)
-    shardings = state_shardings(jax.eval_shape(init_fn, *args), mesh)
+    shardings = state_shardings(jax.eval_shape(init_fn, *args), mesh, min_size)
     return jax.jit(lambda *args: unbox(init_fn(*args)), out_shardings=shardings)(*args)
 
 

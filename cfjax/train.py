@@ -26,6 +26,7 @@ from cfjax import (
     mesh_autoencoder,
     preemption,
     program,
+    sharding,
     train_loop,
 )
 from cfjax.config_loading import define_config_flag
@@ -65,10 +66,14 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             "Splash attention is made for TPUs and is interpreted here, very slowly; add"
             " --config.model.attention=fused."
         )
+    settings = train_program.settings
+    init = build.init_state(settings.model, settings.optimizer)
     training = train_loop.Training(
         mesh=mesh,
         source=source,
-        init=build.init_state(train_program.settings.model, train_program.settings.optimizer),
+        init=lambda key: sharding.born_sharded(
+            init, mesh, key, min_size=config.mesh.min_split_size
+        ),
         abstract_state=train_program.abstract_state,
         compile=lambda first: _train_steps(train_program, first, autoencoder),
         description=f"{build.sequence_length(config)} tokens a sequence",

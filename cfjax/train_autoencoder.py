@@ -13,6 +13,7 @@ reconstructions from the likeliest latents, and the standard deviation of latent
 images, of at most 10,000 images each.
 """
 
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -85,7 +86,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     training = train_loop.Training(
         mesh=mesh,
         source=source,
-        init=settings.init,
+        init=functools.partial(sharding.born_sharded, settings.init, mesh),
         abstract_state=abstract_state,
         compile=lambda _: _train_steps(settings, mesh, abstract_state, image_shape, lpips_params),
         description=f"{rows}x{rows} latents of {module.latent_channels} channels",

@@ -35,7 +35,7 @@ class Training:
     Attributes:
       mesh: over whose devices it runs.
       source: of the examples.
-      init: a key to the state before the first train step, boxed with its logical axes.
+      init: a key to the state before the first train step, on the devices.
       abstract_state: that state as `ShapeDtypeStruct`s with shardings.
       compile: how many train steps were taken before, to the compiled train step of each that
         follows. Compiles before it returns; not called when there is nothing left to train. The
@@ -75,7 +75,7 @@ def run(training: Training, config: ConfigDict, workdir: str) -> TrainState:
     program.check_workdir_writable(workdir)
     restored = checkpoints.restore_newest(workdir, training.abstract_state)
     if restored is None:
-        state = sharding.born_sharded(training.init, mesh, stream_key(config.seed, "init"))
+        state = training.init(stream_key(config.seed, "init"))
         examples_seen = 0
     else:
         state, examples_seen = restored

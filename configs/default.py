@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     config.mesh.data = -1  # devices along data; -1 takes what the others leave
     config.mesh.fsdp = 1  # devices over which parameters and optimizer state are split
     config.mesh.tensor = 1  # devices over which heads and MLP are split
+    config.mesh.min_split_size = 0  # parameters of fewer values are not split over fsdp
 
     config.sampling = ConfigDict()  # what `cfjax.sample` does unless its flags say otherwise
     config.sampling.num_ar_steps = 1  # S

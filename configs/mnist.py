@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.ema_decay = 0.995
 
+    config.mesh.min_split_size = 2**16  # none is worth a gather
+
     config.train.global_batch_size = 64
     config.train.num_train_steps = 2_000
     config.train.log_every = 50

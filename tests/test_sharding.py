@@ -108,6 +108,29 @@ def test_shardings_follow_logical_axes_and_fall_back_to_replication():
     assert shardings.train_step.spec == adam.count.spec == PartitionSpec()
 
 
+def test_small_parameters_are_not_split_over_their_width():
+    """What counts is one layer of those that are stacked."""
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    boxed = {
+        "small": nn.LogicallyPartitioned(jnp.zeros((8, 8)), ("width", "mlp")),
+        "stacked": nn.LogicallyPartitioned(jnp.zeros((9, 8, 8)), ("layers", "width", "mlp")),
+        "large": nn.LogicallyPartitioned(jnp.zeros((8, 10)), ("width", "mlp")),
+        "classes": nn.LogicallyPartitioned(jnp.zeros((2, 8)), ("classes", "condition_width")),
+    }
+    specs = jax.tree.map(lambda it: it.spec, sharding.state_shardings(boxed, mesh, min_size=65))
+    assert specs == {
+        "small": PartitionSpec(None, ("tensor",)),
+        "stacked": PartitionSpec(None, None, ("tensor",)),
+        "large": PartitionSpec(("fsdp",), ("tensor",)),
+        "classes": PartitionSpec(None, ("data", "fsdp")),
+    }
+    state = sharding.born_sharded(create, mesh, jax.random.key(0), min_size=2**20)
+    abstract = sharding.abstract_sharded(create, mesh, jax.random.key(0), min_size=2**20)
+    described = jax.tree.map(lambda leaf: leaf.sharding, state)
+    assert described == jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    assert state.params["fc1"]["kernel"].sharding.spec == PartitionSpec(None, ("tensor",))
+
+
 def test_unknown_logical_name_is_an_error():
     box = nn.LogicallyPartitioned(jnp.zeros((4,)), names=("widht",))
     with pytest.raises(KeyError, match="widht"):
