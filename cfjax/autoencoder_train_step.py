@@ -65,7 +65,9 @@ def train_step(
     keys = per_example_keys(key, jnp.arange(len(images)))
 
     def loss_fn(params):
-        return autoencoder_objective.loss(settings.objective, settings.module, params, images, keys)
+        return autoencoder_objective.loss(
+            settings.objective, settings.module, params, images, keys, lpips_params
+        )
 
     (loss, totals), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = train_state.apply_gradients(state, grads, settings.optimizer, settings.ema_decay)
