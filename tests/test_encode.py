@@ -1,5 +1,7 @@
 """Encoding once: what is in the records, what is refused, skipped and verified."""
 
+import contextlib
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -11,6 +13,7 @@ from tiny_encoding import CHANNELS, CLASSES, IMAGE_SIZE, SIZE, contents, run
 
 from cfjax import autoencoder_files
 from cfjax.config_loading import load_config
+from cfjax.data import latent_shards
 from cfjax.data.images import to_model_range
 from cfjax.data.latents import LatentsSource, check_autoencoder
 from cfjax.data.record_shards import ShardWriter
@@ -76,6 +79,17 @@ def test_bytes_do_not_depend_on_the_devices(pictures, vae, tmp_path, monkeypatch
     assert contents(tmp_path / "1") == expected
 
 
+class Bar(contextlib.nullcontext):
+    """Stands for a progress bar."""
+
+    def __init__(self, values):
+        super().__init__(self)
+        self.values, self.done = values, 0
+
+    def update(self, count):
+        self.done += count
+
+
 def test_only_what_is_missing_is_made_again(pictures, vae, tmp_path, monkeypatch):
     run(pictures, vae, tmp_path)
     expected = contents(tmp_path)
@@ -88,9 +102,19 @@ def test_only_what_is_missing_is_made_again(pictures, vae, tmp_path, monkeypatch
         written.append((writer.folder.name, shard))
         write(writer, shard, *args)
 
+    def new_bar(**values):
+        bars.append(Bar(values))
+        return bars[-1]
+
+    bars = []
     monkeypatch.setattr(ShardWriter, "write", remember)
+    monkeypatch.setattr(latent_shards, "tqdm", new_bar)
     run(pictures, vae, tmp_path)
     assert written == [("train", 1)]
+    num_train = len(LatentsSource(tmp_path, "train", SIZE, CHANNELS))
+    num_held_out = 3 * 14 - num_train
+    counts = [(bar.values["total"], bar.values["initial"], bar.done) for bar in bars]
+    assert counts == [(num_train, num_train - 10, 10), (num_held_out, num_held_out, 0)]
     assert kept.stat().st_mtime_ns == before
     assert contents(tmp_path) == expected
 

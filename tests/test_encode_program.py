@@ -98,7 +98,8 @@ def test_a_killed_program_is_resumed(pictures, vae, whole, tmp_path):
     codes, said = ended([start(*flags, "--verify=2")])
     assert codes == [0], said
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    made = contents(tmp_path)
+    # The kill may have left a hidden file that was not yet renamed.
+    made = {name: it for name, it in contents(tmp_path).items() if "/." not in name}
     for split in ("train", "held_out"):
         assert made.pop(f"{split}_reconstructions.png")
         assert f"/{split}: moments of " in said[0] and f"/{split}: checksums verified" in said[0]
@@ -125,11 +126,9 @@ def test_what_one_of_two_processes_refuses_ends_both(vae, tmp_path):
     flags = [dataset, out, f"--vae={vae}", "--split=train", "--examples_per_shard=6"]
     codes, said = ended(start_two(*flags))
     assert codes == [2, 2], said
-    words = "error: process 1 has images that can't be encoded; see what it said."
-    assert words in said[0].splitlines()
-    assert (
-        said[1].splitlines()[-1].startswith("error: 3 images can't be encoded (the image cut.jpg")
-    )
+    # Gloo may say something later.
+    assert "error: process 1 has images that can't be encoded; see what it said.\n" in said[0]
+    assert "error: 3 images can't be encoded (the image cut.jpg can't be decoded, " in said[1]
     shards = {path.name[:13] for path in tmp_path.glob("out/train/*.array_record")}
     assert shards == {"moments-00000", "moments-00002", "moments-00003"}
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
