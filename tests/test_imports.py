@@ -54,7 +54,10 @@ ROOMS = {
     "package": ([""], ["sampler"]),
     "convert": (
         ["convert"],  # its program too
-        [GROUND, "models", "autoencoder files", "storage", "config", "build", "package"],
+        [
+            *(GROUND, "models", "optimizer", "autoencoder files", "storage", "config", "build"),
+            "package",
+        ],
     ),
     "programs": (
         PROGRAMS,
@@ -73,8 +76,7 @@ LIBRARIES = {
     "absl": None,
     "tqdm": None,
     "flax": [
-        *("sharding", "train_state", "models", "autoencoder_files", "checkpoint_weights"),
-        *("convert", "evaluation"),
+        *("sharding", "train_state", "models", "autoencoder_files", "convert", "evaluation"),
     ],
     "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
     "etils": [
@@ -82,7 +84,10 @@ LIBRARIES = {
         *("checkpoints", "checkpoint_weights", "metric_log", "metric_files"),
     ],
     "orbax": ["checkpoints", "checkpoint_weights", "processes"],
-    "ml_collections": ["config_loading", "build", "sampler", "convert.__main__", *PROGRAMS],
+    "ml_collections": [
+        *("config_loading", "build", "sampler", "convert.__main__", "convert.new_run"),
+        *PROGRAMS,
+    ],
     "tensorboardX": ["metric_log", "metric_files"],
     "grain": ["data"],
     "array_record": ["data"],
