@@ -28,14 +28,20 @@ def run(tmp_path, weights):
     return write(tmp_path / "run", *weights)
 
 
-def write(workdir, params, ema):
+def abstract_state():
+    config = tiny.config()
+    optimizer = build.make_optimizer(build.optimizer_settings(config))
+    init = build.init_state(build.model(config), optimizer)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    init = build.init_params(build.model(tiny.config()))
-    abstract = sharding.abstract_sharded(init, mesh, jax.random.key(0))
-    flat = {"params": flax.traverse_util.flatten_dict(params, sep="/")}
-    flat["ema"] = flax.traverse_util.flatten_dict(ema, sep="/")
-    arrays = {name: lambda name=name: flat[name] for name in flat}
-    checkpoint_weights.write(workdir, config_to_json(tiny.config()), abstract, arrays)
+    return sharding.abstract_sharded(init, mesh, jax.random.key(0))
+
+
+def write(workdir, params, ema, counts=(), **moments):
+    trees = {"params": params, "ema": ema, **moments}
+    flat = {name: flax.traverse_util.flatten_dict(tree, sep="/") for name, tree in trees.items()}
+    arrays = {name: lambda name=name: flat[name].items() for name in flat}
+    config_json = config_to_json(tiny.config())
+    checkpoint_weights.write(workdir, config_json, abstract_state(), arrays, *counts)
     return workdir
 
 
@@ -54,6 +60,22 @@ def test_weights_are_restored_with_a_fresh_optimizer_state(run, weights):
     optimizer = build.make_optimizer(build.optimizer_settings(tiny.config()))
     assert_equal(state.opt_state, optimizer.init(params))
     assert all(leaf.committed for leaf in jax.tree.leaves(state.opt_state))
+    assert not checkpoint_weights.has_optimizer_state(run)
+
+
+def test_a_run_goes_on_from_adams_moments(tmp_path, weights):
+    """Three train steps, taken apart and put together again, and three more: the very same bits."""
+    whole = tiny.trained(tmp_path / "whole")
+    half, examples_seen = restored(tmp_path / "whole", 3)
+    adam = half.opt_state[1][0]
+    parts = {"params": half.params, "ema": half.ema_params, "mu": adam.mu, "nu": adam.nu}
+    run = write(tmp_path / "run", **parts, counts=(3, examples_seen))
+    assert checkpoints.train_steps(run) == [3]
+    assert checkpoint_weights.has_optimizer_state(run)
+    state, seen = restored(run)
+    assert_equal(state, half)
+    assert (jax.tree.structure(state), seen) == (jax.tree.structure(half), examples_seen)
+    assert_equal(train(tiny.config(), run), whole)
 
 
 def test_weights_are_what_a_sampler_loads(run, weights):
@@ -83,6 +105,8 @@ def test_arrays_come_one_by_one_also_of_a_run_that_trained(run):
     for train_step in (0, None):
         state, _ = restored(run, train_step)
         trees = {"params": state.params, "ema": state.ema_params}
+        if train_step is None:
+            trees |= {"mu": state.opt_state[1][0].mu, "nu": state.opt_state[1][0].nu}
         for name, tree in trees.items():
             flat = flax.traverse_util.flatten_dict(tree, sep="/")
             arrays = dict(checkpoint_weights.arrays_by_path(run, name, tree, train_step))
@@ -107,13 +131,13 @@ def test_what_fails_leaves_no_checkpoint(tmp_path, weights):
     def fail():
         raise KeyError("x")
 
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    init = build.init_params(build.model(tiny.config()))
-    abstract = sharding.abstract_sharded(init, mesh, jax.random.key(0))
     workdir = tmp_path / "run"
     with pytest.raises(KeyError):
         checkpoint_weights.write(
-            workdir, config_to_json(tiny.config()), abstract, {"params": fail, "ema": fail}
+            workdir,
+            config_to_json(tiny.config()),
+            abstract_state(),
+            {"params": fail, "ema": fail},
         )
     assert checkpoints.train_steps(workdir) == []
     write(workdir, *weights)

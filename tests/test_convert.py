@@ -13,7 +13,7 @@ from golden_data import (
 )
 
 from cfjax.convert import causal_fusion as convert
-from cfjax.convert import transformer
+from cfjax.convert import published_file, transformer
 from cfjax.convert.causal_fusion import params_from_published, params_to_published
 from cfjax.convert.report import Report
 from cfjax.errors import UserError
@@ -128,12 +128,13 @@ def test_full_sizes_have_the_published_names_and_shapes(size, published):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total
     converted = convert.published_shapes(shapes, (16, 16))
     assert {name: list(shape) for name, shape in converted.items()} == expected
+    assert list(converted) == list(expected)  # by which the optimizer's state is numbered
 
 
 def test_models_that_the_published_code_lacks_are_refused(tmp_path):
     repeating = full_size("tiny").clone(condition_repeats=2)
     with pytest.raises(UserError, match=r"model\.condition_repeats is 2"):
-        transformer.to_published(tmp_path, None, repeating, {}, tmp_path / "x.pt", Report())
+        transformer.to_published(tmp_path, None, repeating, {}, None, tmp_path / "x.pt", Report())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_models_that_the_published_code_lacks_are_refused(tmp_path):
 def test_sizes_follow_from_shapes(size, fields):
     token_width = fields["data.channels"] * fields["model.patch_size"] ** 2
     module = full_size(size).clone(token_width=token_width)
-    sizes = transformer.infer_sizes(convert.published_shapes(param_shapes(module), (16, 16)))
+    sizes = published_file.infer_sizes(convert.published_shapes(param_shapes(module), (16, 16)))
     named = {f"model.{name}": value for name, value in named_size(size).items()}
     assert sizes == fields | named | {
         "model.mlp_ratio": 4.0,

@@ -134,7 +134,7 @@ def test_missing_extra_and_misshapen_arrays_are_listed_and_nothing_is_made(tmp_p
     [
         (lambda arrays: arrays, ["--from=mar"], "names of diffusers, not of mar"),
         (lambda arrays: arrays, ["--from=diffuser"], "did you mean 'diffusers'"),
-        (lambda arrays: arrays, ["--from=cfjax"], "must have cfjax on one side"),
+        (lambda arrays: arrays, ["--from=cfjax"], "--to=cfjax needs --config, that of the new run"),
         (lambda arrays: arrays, ["--from=mar", "--to=ldm"], "must have cfjax on one side"),
         (lambda _: {"x": np.zeros(1, np.float32)}, ["--from=diffusers"], "the file has none"),
         (

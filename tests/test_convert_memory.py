@@ -83,11 +83,22 @@ def random_tensors(shapes):
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("sections", [("model", "ema"), ("model",)])
+def random_opt(shapes):
+    """Of an optimizer that has made three updates."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(t) for t in random_tensors(shapes).values()])
+    state = {
+        index: {"step": torch.tensor(3.0), "exp_avg": first, "exp_avg_sq": first.square()}
+        for index, first in enumerate(random_tensors(shapes).values())
+    }
+    return optimizer.state_dict() | {"state": state}
+
+
+@pytest.mark.parametrize("sections", [("model", "ema", "opt"), ("model", "ema"), ("model",)])
 def test_transformer_there_and_back(tmp_path, sections):
     published, ours, back = ([tmp_path / f"{size}{i}.pt" for size in "sl"] for i in range(3))
     for path, shapes in zip(published, (shapes_of(64, 1), shapes_of(1024, 6)), strict=True):
-        torch.save({section: random_tensors(shapes) for section in sections}, path)
+        makers = {"opt": random_opt}
+        torch.save({part: makers.get(part, random_tensors)(shapes) for part in sections}, path)
     check_peak(published, ours, "--from=published")
     check_peak(ours, back, "--to=published")
 

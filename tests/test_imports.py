@@ -62,7 +62,10 @@ ROOMS = {
     "package": ([""], ["sampler"]),
     "convert": (
         ["convert"],  # its program too
-        [GROUND, "models", "autoencoder files", "storage", "config", "build", "package"],
+        [
+            *(GROUND, "models", "optimizer", "autoencoder files", "storage", "config", "build"),
+            "package",
+        ],
     ),
     "programs": (
         PROGRAMS,
@@ -82,7 +85,6 @@ LIBRARIES = {
     "tqdm": None,
     "flax": [
         *("sharding", "train_state", "models", "autoencoder_files", "lpips_files"),
-        "checkpoint_weights",
         *("convert", "evaluation"),
     ],
     "optax": [
@@ -95,11 +97,8 @@ LIBRARIES = {
     ],
     "orbax": ["checkpoints", "checkpoint_weights", "processes"],
     "ml_collections": [
-        "config_loading",
-        "build",
-        "build_data",
-        "sampler",
-        "convert.__main__",
+        *("config_loading", "build", "build_data", "sampler"),
+        *("convert.__main__", "convert.new_run"),
         *PROGRAMS,
     ],
     "tensorboardX": ["metric_log", "metric_files"],

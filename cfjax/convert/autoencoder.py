@@ -148,8 +148,12 @@ def to_published(folder: str | PathLike, target_format: str, out: Path, report: 
     prefix = _LDM_PREFIX if target_format == "ldm" else ""
     section = "state_dict" if target_format == "ldm" else "model"
     program.check_workdir_writable(out.parent)
-    groups = {section: {prefix + name: shape for name, shape in expected.items()}}
-    torch_files.write(out, groups, ((section, prefix + name, array) for name, array in arrays))
+    shapes = {prefix + name: shape for name, shape in expected.items()}
+    torch_files.write(
+        out,
+        {section: torch_files.entries(section, shapes)},
+        (((section, prefix + name), array) for name, array in arrays),
+    )
 
 
 def published_shapes(

@@ -18,7 +18,8 @@ from cfjax.models.layers import sincos_positions
 MEND = "check the model size, grid, condition tokens and number of classes."
 POSITION_TABLE = "pos_embed"
 LAYER = "blocks.{}."
-# Published name, our path. Layer names stand once, for every layer.
+# Published name, our path; in the order of the published model's parameters, in which the layers
+# come before its last ones. Layer names stand once, for every layer.
 NAMES = {
     POSITION_TABLE: "token_positions",
     "cond_pos_embed": "condition_positions",
@@ -38,12 +39,12 @@ LAYER_NAMES = {
     "norm1.weight": "blocks/norm1/scale",
     "norm1.bias": "blocks/norm1/bias",
     "attn.qkv.weight": "blocks/attn/qkv/kernel",
+    "attn.proj.weight": "blocks/attn/proj/kernel",
+    "attn.proj.bias": "blocks/attn/proj/bias",
     "attn.q_norm.weight": "blocks/attn/q_norm/scale",
     "attn.q_norm.bias": "blocks/attn/q_norm/bias",
     "attn.k_norm.weight": "blocks/attn/k_norm/scale",
     "attn.k_norm.bias": "blocks/attn/k_norm/bias",
-    "attn.proj.weight": "blocks/attn/proj/kernel",
-    "attn.proj.bias": "blocks/attn/proj/bias",
     "norm2.weight": "blocks/norm2/scale",
     "norm2.bias": "blocks/norm2/bias",
     "mlp.fc1.weight": "blocks/mlp/fc1/kernel",
@@ -76,14 +77,20 @@ def params_from_published(
     check_names_and_shapes(shapes, expected, MEND)
     if "token_positions" not in flat:
         check_frozen_positions(published[POSITION_TABLE], grid)
-    result = {}
-    for path, leaf in flat.items():
-        result[path] = np.empty(leaf.shape, leaf.dtype)
+    return flax.traverse_util.unflatten_dict(dict(leaves_from_published(published, flat)), sep="/")
+
+
+def leaves_from_published(
+    published: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields path and array of each of our parameters; `leaves` have their shapes and dtypes."""
+    for path, leaf in leaves.items():
+        array = np.empty(leaf.shape, leaf.dtype)
         # Filled in place, as a list of layers would be in memory besides their stack.
-        layers = result[path] if path.startswith("blocks/") else [result[path]]
+        layers = array if path.startswith("blocks/") else [array]
         for name, layer in zip(published_names(path, leaf.shape[0]), layers, strict=True):
             layer[...] = _to_ours(name, np.asarray(published[name])).reshape(layer.shape)
-    return flax.traverse_util.unflatten_dict(result, sep="/")
+        yield path, array
 
 
 def params_to_published(params: Any, grid: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -114,7 +121,7 @@ def frozen_positions(shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarra
 
 
 def published_shapes(params_shape: Any, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published state dict of our parameters, or of their shapes."""
+    """Names and shapes of the published state dict of our parameters, or of their shapes, in order."""
     flat = flax.traverse_util.flatten_dict(_unboxed(params_shape), sep="/")
     width = flat["condition_positions"].shape[-1]
     shapes = {POSITION_TABLE: (1, grid[0] * grid[1], width)}
@@ -123,7 +130,14 @@ def published_shapes(params_shape: Any, grid: tuple[int, int]) -> dict[str, tupl
         shape = value.shape[1:] if in_layer else value.shape
         for name in published_names(path, value.shape[0]):
             shapes[name] = _published_shape(name, shape)
-    return shapes
+    depth = flat["blocks/norm1/scale"].shape[0]
+    return {name: shapes[name] for name in _names_in_order(depth)}
+
+
+def _names_in_order(depth: int) -> list[str]:
+    last = [name for name in NAMES if name.startswith("final_layer.")]
+    layers = [LAYER.format(layer) + name for layer in range(depth) for name in LAYER_NAMES]
+    return [*(name for name in NAMES if name not in last), *layers, *last]
 
 
 def _unboxed(params: Any) -> Any:

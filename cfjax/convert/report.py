@@ -14,6 +14,7 @@ from cfjax.autoencoder_files import sha256
 from cfjax.errors import UserError
 
 REPORT_FILE = "conversion.json"
+_MAX_SAID = 5
 
 
 @dataclasses.dataclass
@@ -36,11 +37,13 @@ class Report:
         self.remarks.append(sentence)
 
     def leave_out(self, names: Mapping[str, str]) -> None:
-        """Keeps names with the reason for which each is left out, and says how many."""
+        """Keeps names with the reason for which each is left out, and says which or how many."""
         self.left_out |= names
         for reason in dict.fromkeys(names.values()):
-            count = sum(other == reason for other in names.values())
-            self.say(f"Left out: {count} names, as {reason}.")
+            left_out = [name for name, other in names.items() if other == reason]
+            is_short = len(left_out) <= _MAX_SAID
+            listed = ", ".join(left_out) if is_short else f"{len(left_out)} names"
+            self.say(f"Left out: {listed}, as {reason}.")
 
     def map_names(self, shapes: Mapping[str, tuple[int, ...]], ours: Mapping[str, str]) -> None:
         """Keeps names with their shapes; `ours` has our path of each."""

@@ -5,11 +5,12 @@ torch is imported when it is needed, as most of cfjax does without.
 
 import argparse
 import collections
+import dataclasses
 import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -114,25 +115,31 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorEntry:
+    """Stands for a float32 tensor in a document that is written; its values come under `key`."""
+
+    key: Hashable
+    shape: tuple[int, ...]
+
+
+def entries(group: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
+    """A state dict to write, whose values come under (group, name)."""
+    return collections.OrderedDict(
+        (name, TensorEntry((group, name), tuple(shape))) for name, shape in shapes.items()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class _Storage:
-    """Stands for an array's values in the pickle."""
+    """Stands for a tensor's values in the pickle."""
 
-    def __init__(self, key: int, shape: tuple[int, ...]):
-        self.key, self.size = str(key), math.prod(shape)
-
-
-class _Tensor:
-    """Stands for a float32 tensor in the pickle."""
-
-    def __init__(self, key: int, shape: tuple[int, ...]):
-        self.storage, self.shape = _Storage(key, shape), tuple(shape)
-        self.strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    name: str
+    size: int
 
 
 def write(
-    path: str | PathLike,
-    groups: Mapping[str, Mapping[str, tuple[int, ...]]],
-    arrays: Iterable[tuple[str, str, np.ndarray]],
+    path: str | PathLike, document: Any, arrays: Iterable[tuple[Hashable, np.ndarray]]
 ) -> None:
     """Writes a file for `torch.load`, which appears under its name when it is whole.
 
@@ -140,45 +147,40 @@ def write(
 
     Args:
       path: on disk.
-      groups: shapes of float32 state dicts by their name, such as "model" and "ema".
-      arrays: group, name and array of each, in any order; taken one at a time.
+      document: plain values, with a `TensorEntry` for each tensor.
+      arrays: key and array of each, in any order; taken one at a time.
     """
     torch = import_torch()
-    keys = {
-        (group, name): key
-        for key, (group, name) in enumerate((g, n) for g, names in groups.items() for n in names)
-    }
-    document = {
-        group: collections.OrderedDict(
-            (name, _Tensor(keys[group, name], shape)) for name, shape in names.items()
-        )
-        for group, names in groups.items()
-    }
+    shapes, names = {}, {}
 
     class Pickler(pickle.Pickler):
         def reducer_override(self, value: Any) -> Any:
-            if not isinstance(value, _Tensor):
+            if not isinstance(value, TensorEntry):
                 return NotImplemented
-            parts = (value.storage, 0, value.shape, value.strides, False, collections.OrderedDict())
+            shape = shapes[value.key] = value.shape
+            names[value.key] = str(len(names))
+            storage = _Storage(names[value.key], math.prod(shape))
+            strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+            parts = (storage, 0, shape, strides, False, collections.OrderedDict())
             return torch._utils._rebuild_tensor_v2, parts
 
         def persistent_id(self, value: Any) -> Any:
             if not isinstance(value, _Storage):
                 return None
-            return "storage", torch.FloatStorage, value.key, "cpu", value.size
+            return "storage", torch.FloatStorage, value.name, "cpu", value.size
 
     partial, folder = Path(f"{path}.partial"), Path(path).stem
     with zipfile.ZipFile(partial, "w") as archive:
         with archive.open(f"{folder}/data.pkl", "w") as file:
             Pickler(file, protocol=2).dump(document)
         archive.writestr(f"{folder}/byteorder", "little")
-        for group, name, array in arrays:
-            key, shape = keys.pop((group, name)), tuple(groups[group][name])
+        for key, array in arrays:
+            shape = shapes.pop(key)
             if (array.shape, array.dtype) != (shape, np.float32):
-                raise ValueError(f"{name} is {array.dtype} {array.shape}, not float32 {shape}")
-            _write_aligned(archive, f"{folder}/data/{key}", array)
-        if keys:
-            raise ValueError(f"there came no {next(iter(keys))}")
+                raise ValueError(f"{key} is {array.dtype} {array.shape}, not float32 {shape}")
+            _write_aligned(archive, f"{folder}/data/{names[key]}", array)
+        if shapes:
+            raise ValueError(f"there came no {next(iter(shapes))}")
         archive.writestr(f"{folder}/version", "3\n")
     partial.replace(path)
 

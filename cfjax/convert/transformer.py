@@ -1,171 +1,81 @@
 """Published checkpoints of CausalFusion to ours and back, with little in memory at a time."""
 
+import collections
 import math
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.traverse_util
-import jax
-import numpy as np
 
-from cfjax import checkpoint_weights, program
-from cfjax.convert import causal_fusion, torch_files
+from cfjax import checkpoint_folders, checkpoint_weights, program
+from cfjax.convert import causal_fusion, optimizer_state, position_table, torch_files
 from cfjax.convert.causal_fusion import POSITION_TABLE
+from cfjax.convert.optimizer_state import AdamState
+from cfjax.convert.published_file import SECTIONS, Published
 from cfjax.convert.report import Report, check_names_and_shapes
-from cfjax.convert.torch_files import StateDict
 from cfjax.errors import UserError
 from cfjax.models.causal_fusion import CausalFusion
-
-# The published sections, and what we call them.
-SECTIONS = {"ema": "ema", "model": "params"}
-_LATENT_CHANNELS = 16  # of KL-16, which the published models have
-
-
-class Published(NamedTuple):
-    """What a published file has.
-
-    Attributes:
-      sections: state dicts of "model" and "ema"; where the file has one of them, it is both.
-      others: names of what else is in the file.
-    """
-
-    sections: Mapping[str, StateDict]
-    others: list[str]
-
-
-def open_published(path: str | PathLike, allow_pickle: bool) -> Published:
-    """A published checkpoint, or a state dict.
-
-    Raises:
-      UserError: the file cannot be read, or has no weights in it.
-    """
-    document = torch_files.read(path, allow_pickle)
-    if torch_files.is_state_dict(document):
-        return Published(dict.fromkeys(SECTIONS, StateDict(document)), [])
-    if not isinstance(document, Mapping):
-        document = {}
-    found = {
-        section: StateDict(document[section])
-        for section in SECTIONS
-        if torch_files.is_state_dict(document.get(section))
-    }
-    if not found:
-        names = ", ".join(map(str, document)) or "nothing by name"
-        raise UserError(
-            f"the file {path} has no weights under model or ema, but {names}; pass a checkpoint of"
-            " CausalFusion or its state dict."
-        )
-    either = next(iter(found.values()))
-    sections = {section: found.get(section, either) for section in SECTIONS}
-    return Published(sections, [str(name) for name in document if name not in found])
-
-
-def infer_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Config fields by dotted key, from published names and shapes.
-
-    Tokens are taken to have 16 channels where that is possible, which shapes don't tell.
-
-    Raises:
-      UserError: names are missing, or the grid is not a square.
-    """
-    try:
-        _, num_tokens, width = shapes["pos_embed"]
-        num_condition_tokens = shapes["cond_pos_embed"][1]
-        token_width = shapes["x_proj.weight"][1]
-        head_width = shapes["blocks.0.attn.q_norm.weight"][0]
-        hidden_width = shapes["blocks.0.mlp.fc1.weight"][0]
-        num_classes = shapes["y_embedder.embedding_table.weight"][0] - 1
-    except KeyError as error:
-        raise UserError(
-            f"the weights lack {error.args[0]}, so that they are not CausalFusion's; pass another"
-            " file."
-        ) from error
-    except (ValueError, IndexError) as error:
-        raise UserError(
-            "the shapes of the weights have other dimensions than CausalFusion's; pass another file."
-        ) from error
-    side = math.isqrt(num_tokens)
-    channels = _LATENT_CHANNELS if token_width % _LATENT_CHANNELS == 0 else token_width
-    patch_size = math.isqrt(token_width // channels)
-    if side**2 != num_tokens or channels * patch_size**2 != token_width:
-        raise UserError(
-            f"{num_tokens} tokens of {token_width} values tell no square image; pass --config."
-        )
-    layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    return {
-        "model.width": width,
-        "model.depth": len(layers),
-        "model.num_heads": width // head_width,
-        "model.mlp_ratio": hidden_width / width,
-        "model.patch_size": patch_size,
-        "model.num_condition_tokens": num_condition_tokens,
-        "model.condition_repeats": 1,
-        "model.position_embedding": "learned",
-        "data.size": side * patch_size,
-        "data.channels": channels,
-        "data.num_classes": num_classes,
-    }
+from cfjax.optimizer import OptimizerSettings
+from cfjax.train_state import TrainState
 
 
 def to_ours(
     open_file: Callable[[], Published],
     model: CausalFusion,
     config_json: str,
-    abstract_params: Any,
+    abstract_state: TrainState,
+    global_batch_size: int,
     workdir: str | PathLike,
     report: Report,
 ) -> None:
-    """Writes a checkpoint of the published weights.
+    """Writes a checkpoint of the published weights, with the optimizer's state if it comes along.
 
     Args:
-      open_file: makes what `open_published` returns; called once for each section, so that the
-        pages of a file that is mapped are let go between.
+      open_file: makes what `open_published` returns; called once for each part, so that the pages
+        of a file that is mapped are let go between.
       model: of our side.
       config_json: the config that makes it.
-      abstract_params: its parameters, as `ShapeDtypeStruct`s on one device.
+      abstract_state: of a run of this config, as `ShapeDtypeStruct`s on one device.
+      global_batch_size: of the run.
       workdir: a new folder.
       report: is filled.
 
     Raises:
       UserError: weights are missing, extra or misshapen; they are listed.
     """
-    expected = causal_fusion.published_shapes(abstract_params, model.grid)
+    expected = causal_fusion.published_shapes(abstract_state.params, model.grid)
+    flat = flax.traverse_util.flatten_dict(abstract_state.params, sep="/")
+    is_learned = model.position_embedding == "learned"
     published = open_file()
     report.leave_out(dict.fromkeys(published.others, "they are not weights"))
     if published.sections["model"] is published.sections["ema"]:
         report.say("Parameters and their average are the same, as the file has one of the two.")
-    for state_dict in published.sections.values():
-        shapes = state_dict.shapes()
-        table = shapes.get(POSITION_TABLE)
-        if _is_other_grid(table, expected[POSITION_TABLE]):
-            shapes[POSITION_TABLE] = expected[POSITION_TABLE]
-        check_names_and_shapes(shapes, expected, causal_fusion.MEND)
-        if model.position_embedding != "learned":
-            side = math.isqrt(table[1])
-            grid = model.grid if table == expected[POSITION_TABLE] else (side, side)
-            causal_fusion.check_frozen_positions(state_dict[POSITION_TABLE], grid)
-    report.say_casts(state_dict.dtypes().values())
-    del published, state_dict
-    if table != expected[POSITION_TABLE]:
-        side, (rows, columns) = math.isqrt(table[1]), model.grid
-        how = "interpolated bicubically to the"
-        if model.position_embedding != "learned":
-            how = "the frozen sin-cos table, and gives way to that of"
-        report.say(
-            f"The position table of {side}x{side} tokens is {how} {rows}x{columns} of the config."
-        )
-    report.map_names(expected, _ours(abstract_params))
+    before = _check_weights(published, model, expected)
+    adam = published.adam
+    parts = [*published.sections.values(), *(adam.moments.values() if adam else ())]
+    report.say_casts(dtype for part in parts for dtype in part.dtypes().values())
+    if before != model.grid:
+        report.say(position_table.remark(before, model.grid, is_learned))
+    if adam and before != model.grid:
+        report.leave_out({"opt": "it belongs to the position table of the other grid"})
+        adam = None
+    if adam:
+        _check_trained(model, adam)
+        report.say(f"The optimizer's state of train step {adam.train_step} comes along.")
+    report.map_names(expected, _ours(abstract_state.params))
+    train_step, moments = (adam.train_step, optimizer_state.MOMENTS) if adam else (0, {})
+    del published, adam, parts
 
-    def make(section):
+    def make(name):
         def arrays():
-            published = dict(open_file().sections[section])
-            table = published[POSITION_TABLE]
-            if table.shape != expected[POSITION_TABLE]:
-                published[POSITION_TABLE] = _on_grid(table, model)
-            params = causal_fusion.params_from_published(published, abstract_params, model.grid)
-            return flax.traverse_util.flatten_dict(params, sep="/")
+            published = open_file()
+            part = (published.adam.moments if name in moments else published.sections)[name]
+            if before != model.grid and is_learned:
+                table = position_table.interpolate(part[POSITION_TABLE][0], before, model.grid)
+                part = collections.ChainMap({POSITION_TABLE: table[None]}, part)
+            return causal_fusion.leaves_from_published(part, flat)
 
         return arrays
 
@@ -173,9 +83,39 @@ def to_ours(
     checkpoint_weights.write(
         workdir,
         config_json,
-        abstract_params,
-        {ours: make(section) for section, ours in SECTIONS.items()},
+        abstract_state,
+        {ours: make(name) for name, ours in (SECTIONS | moments).items()},
+        train_step,
+        train_step * global_batch_size,
     )
+
+
+def _check_weights(
+    published: Published, model: CausalFusion, expected: Mapping[str, tuple[int, ...]]
+) -> tuple[int, int]:
+    """The grid of the published weights, which must fit the model but for that."""
+    for state_dict in published.sections.values():
+        shapes = state_dict.shapes()
+        table, grid = shapes.get(POSITION_TABLE), model.grid
+        if position_table.is_of_other_grid(table, expected[POSITION_TABLE]):
+            shapes[POSITION_TABLE] = expected[POSITION_TABLE]
+            grid = (math.isqrt(table[1]),) * 2
+        check_names_and_shapes(shapes, expected, causal_fusion.MEND)
+        if model.position_embedding != "learned":
+            causal_fusion.check_frozen_positions(state_dict[POSITION_TABLE], grid)
+    return grid
+
+
+def _check_trained(model: CausalFusion, adam: AdamState) -> None:
+    is_learned = model.position_embedding == "learned"
+    is_trained = all(POSITION_TABLE in moments for moments in adam.moments.values())
+    if is_learned != is_trained:
+        has = "a" if is_trained else "no"
+        raise UserError(
+            f"opt of the published file has {has} state of {POSITION_TABLE} but"
+            f" model.position_embedding is {model.position_embedding}; take the other kind of table"
+            " or pass --weights_only."
+        )
 
 
 def to_published(
@@ -183,10 +123,20 @@ def to_published(
     train_step: int | None,
     model: CausalFusion,
     abstract_params: Any,
+    settings: OptimizerSettings | None,
     out: Path,
     report: Report,
 ) -> None:
-    """Writes a `.pt` with "model" and "ema" that the published code loads.
+    """Writes a `.pt` that the published code loads, and trains on if the optimizer's state is there.
+
+    Args:
+      workdir: of our run.
+      train_step: of the checkpoint, by default the latest.
+      model: of our run.
+      abstract_params: its parameters, as `ShapeDtypeStruct`s on one device.
+      settings: the optimizer's, whose state is written too if there is one; None leaves it out.
+      out: the file.
+      report: is filled.
 
     Raises:
       UserError: there is no such checkpoint, it is corrupt or of another architecture than `model`,
@@ -198,22 +148,35 @@ def to_published(
             " not have; only models with 1 can be written for it."
         )
     shapes = causal_fusion.published_shapes(abstract_params, model.grid)
+    is_learned = model.position_embedding == "learned"
+    document = {section: torch_files.entries(section, shapes) for section in ("model", "ema")}
+    parts, counts = SECTIONS, ()
+    if settings and checkpoint_weights.has_optimizer_state(workdir, train_step):
+        taken = int(checkpoint_folders.find(workdir, train_step).name)
+        optimizer = optimizer_state.to_published(shapes, is_learned, settings, taken)
+        counts = optimizer_state.counts(optimizer["opt"], taken)
+        document |= optimizer
+        parts = SECTIONS | optimizer_state.MOMENTS
+        report.say(f"The optimizer's state of train step {taken} comes along.")
+        for remark in optimizer_state.remarks(settings):
+            report.say(remark)
     leaves = {
-        section: checkpoint_weights.arrays_by_path(workdir, ours, abstract_params, train_step)
-        for section, ours in SECTIONS.items()
+        part: checkpoint_weights.arrays_by_path(workdir, ours, abstract_params, train_step)
+        for part, ours in parts.items()
     }
 
     def arrays():
-        for section in SECTIONS:
-            for path, value in leaves[section]:
+        for part in parts:
+            for path, value in leaves[part]:
                 for name, array in causal_fusion.leaf_to_published(path, value, shapes):
-                    yield section, name, array
-            if model.position_embedding != "learned":
+                    yield (part, name), array
+            if part in SECTIONS and not is_learned:
                 table = POSITION_TABLE
-                yield section, table, causal_fusion.frozen_positions(shapes[table], model.grid)
+                yield (part, table), causal_fusion.frozen_positions(shapes[table], model.grid)
+        yield from counts
 
     program.check_workdir_writable(out.parent)
-    torch_files.write(out, {"model": shapes, "ema": shapes}, arrays())
+    torch_files.write(out, document, arrays())
     report.map_names(shapes, _ours(abstract_params))
 
 
@@ -226,25 +189,3 @@ def _ours(abstract_params: Any) -> dict[str, str]:
         stacked = path.startswith("blocks/")
         ours |= {name: f"{path}[{i}]" if stacked else path for i, name in enumerate(names)}
     return ours
-
-
-def _is_other_grid(table: tuple[int, ...] | None, expected: tuple[int, ...]) -> bool:
-    """Whether this is the shape of a table of as wide a model with another square grid."""
-    return (
-        table is not None
-        and len(table) == 3
-        and (table[0], table[2]) == (expected[0], expected[2])
-        and math.isqrt(table[1]) ** 2 == table[1]
-    )
-
-
-def _on_grid(table: np.ndarray, model: CausalFusion) -> np.ndarray:
-    """A published table `[1, L, D]` of another square grid, on the grid of `model`."""
-    side = math.isqrt(table.shape[1])
-    width = table.shape[-1]
-    if model.position_embedding != "learned":
-        return causal_fusion.frozen_positions((1, model.num_tokens, width), model.grid)
-    resized = jax.image.resize(
-        table.reshape(side, side, width), (*model.grid, width), "cubic", antialias=False
-    )
-    return np.asarray(resized).reshape(1, model.num_tokens, width)
