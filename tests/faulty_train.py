@@ -42,10 +42,10 @@ class Wrapped:
 
 
 def wrap_source(images_at):
-    from cfjax import build
+    from cfjax import build_data
 
-    open_source = build.open_source
-    build.open_source = lambda *args, **kwargs: Wrapped(open_source(*args, **kwargs), images_at)
+    open_source = build_data.open_source
+    build_data.open_source = lambda *args, **kwargs: Wrapped(open_source(*args, **kwargs), images_at)
 
 
 def record(folder):
