@@ -54,6 +54,11 @@ def load(
                     f"the model in {directory} generates pixels; don't pass an autoencoder."
                 )
             config.autoencoder.path = fspath(autoencoder)
+        if build_data.sees_latents(config) and not config.autoencoder.path:
+            raise UserError(
+                f"the model in {directory} generates latents, and its config names no autoencoder;"
+                " pass one that decodes them: --autoencoder=FOLDER, or cfjax.load(autoencoder=...)."
+            )
         decoder = build_data.autoencoder(config)
     except AttributeError as error:
         raise UserError(

@@ -45,7 +45,9 @@ def wrap_source(images_at):
     from cfjax import build_data
 
     open_source = build_data.open_source
-    build_data.open_source = lambda *args, **kwargs: Wrapped(open_source(*args, **kwargs), images_at)
+    build_data.open_source = lambda *args, **kwargs: Wrapped(
+        open_source(*args, **kwargs), images_at
+    )
 
 
 def record(folder):

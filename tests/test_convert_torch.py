@@ -9,6 +9,7 @@ import sys
 import types
 import zipfile
 
+import autoencoders
 import golden_data
 import golden_vae
 import jax
@@ -118,7 +119,10 @@ def test_converted_checkpoint_samples_and_knows_its_config(tmp_path):
     ours = convert(source, tmp_path / "run", "--from=published")
     config = config_from_json(checkpoints.read_config(ours))
     assert (config.data.size, config.data.channels, config.model.patch_size) == (8, 16, 1)
-    sampler = cfjax.load(ours)
+    with pytest.raises(UserError, match="names no autoencoder; pass one that decodes them"):
+        cfjax.load(ours)
+    autoencoders.make(tmp_path / "vae", 3, latent_channels=16, scale=config.autoencoder.scale)
+    sampler = cfjax.load(ours, autoencoder=tmp_path / "vae")
     assert sampler.model.clone(dtype=np.float32) == golden_data.model(
         "A", attention="splash", remat_policy=config.model.remat_policy, dtype=np.float32
     )
