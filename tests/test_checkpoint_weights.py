@@ -63,6 +63,7 @@ def test_weights_are_restored_with_a_fresh_optimizer_state(run, weights):
     assert not checkpoint_weights.has_optimizer_state(run)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_adams_moments(tmp_path, weights):
     """Three train steps, taken apart and put together again, and three more: the very same bits."""
     whole = tiny.trained(tmp_path / "whole")

@@ -154,6 +154,7 @@ def test_every_field_is_read(tmp_path):
     assert read == set(dotted_keys(config))
 
 
+@pytest.mark.slow
 def test_every_field_of_an_autoencoder_is_read(tmp_path):
     config = tiny.autoencoder_config(train__num_train_steps=2, train__sample_every=2)
     read = set()

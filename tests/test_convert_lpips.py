@@ -101,6 +101,7 @@ def test_damaged_weights_are_refused(ours, tmp_path):
         lpips_files.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_features_are_all_zero():
     """As behind activations that are all off: the root of nothing has no gradient."""
     model = Lpips(stages=((2,), (2,)))

@@ -17,7 +17,7 @@ from cfjax.models.causal_fusion import CausalFusion
 
 torch = pytest.importorskip("torch")
 
-pytestmark = [pytest.mark.oracle, pytest.mark.slow]
+pytestmark = [pytest.mark.oracle, pytest.mark.long]
 
 # Converts the first, which is small, so that all is loaded that takes memory once; then says the
 # peak of before, converts the second, and says the peak of after.

@@ -76,6 +76,7 @@ class First:
         return self._source.examples_at(indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", [False, True])
 def test_encoding_in_training_trains_as_on_encoded_images(folder, tmp_path, monkeypatch, flip):
     flips = {"data__horizontal_flip": flip}
@@ -105,6 +106,7 @@ def test_latents_are_drawn_anew_from_their_moments():
     assert len(np.unique(np.asarray(drawn[:, 0, 0, 0]))) == 64  # each row has a key of its own
 
 
+@pytest.mark.slow
 def test_a_train_step_sees_scaled_latents(folder):
     """Certain moments, so that nothing is drawn: the loss is that of scaled means as pixels."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -127,6 +129,7 @@ def test_a_train_step_sees_scaled_latents(folder):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)  # exp(-15) of noise is left
 
 
+@pytest.mark.slow
 def test_samples_are_decoded(folder, tmp_path):
     trained = train(config(folder), tmp_path)
     assert int(trained.train_step) == tiny.NUM_TRAIN_STEPS
@@ -164,6 +167,7 @@ def latents_of(sampler, labels, settings):
         return list(sampler.stream(labels, *settings))
 
 
+@pytest.mark.slow
 def test_pictures_of_a_latent_model(folder, tmp_path):
     train(config(folder, train__sample_every=6), tmp_path)
     sampler = cfjax.load(tmp_path)
