@@ -2,9 +2,10 @@
 
 From the repository's root; the data are made in a temporary folder (2.2 GB by default).
 
-- Images in a second of CPU time, decoded and centre-cropped from JPEGs of ImageNet's usual size: by
-  the training loader from an array_record set, and by plain Pillow in a loop over the same files, in
-  turns; the ratio is that of each round. CPU time is that of a core, whatever else the machine does.
+- Images in a second of CPU time, decoded and centre-cropped, not mirrored, from JPEGs of ImageNet's
+  usual size: by the training loader from an array_record set, and by plain Pillow in a loop over the
+  same files, in turns; the ratio is that of each round. CPU time is that of a core, whatever else the
+  machine does.
 - Latents in a second of wall time through the training loader with two threads: moments of both
   flips in array_record shards, of which a batch has one.
 - Resident memory over many reads of single latents.
@@ -76,6 +77,7 @@ def loader_seconds(
     num_batches: int,
     num_threads: int,
     clock: Callable[[], float],
+    horizontal_flip: bool,
 ) -> float:
     """Seconds on a clock in which a loader gives so many batches, from its start."""
     with TrainLoader(
@@ -83,7 +85,7 @@ def loader_seconds(
         seed=0,
         rows=np.arange(batch_size),
         global_batch_size=batch_size,
-        horizontal_flip=True,
+        horizontal_flip=horizontal_flip,
         num_threads=num_threads,
     ) as loader:
         began = clock()
@@ -122,7 +124,7 @@ def images_report(folder: Path, count: int, size: int, rounds: int) -> dict[str,
     num_batches = count // BATCH_SIZE
     times = [  # without threads, which would read further batches than those that are counted
         (
-            loader_seconds(source, BATCH_SIZE, num_batches, 0, time.process_time),
+            loader_seconds(source, BATCH_SIZE, num_batches, 0, time.process_time, False),
             pillow_seconds(files, size),
         )
         for _ in range(rounds + 1)
@@ -158,7 +160,7 @@ def latents_report(source: Source, num_batches: int, rounds: int) -> dict[str, f
     """Latents a second through the loader."""
     count = num_batches * LATENTS_BATCH_SIZE
     seconds = [
-        loader_seconds(source, LATENTS_BATCH_SIZE, num_batches, 2, time.perf_counter)
+        loader_seconds(source, LATENTS_BATCH_SIZE, num_batches, 2, time.perf_counter, True)
         for _ in range(rounds + 1)
     ][1:]
     return {

@@ -71,7 +71,9 @@ def _decode(
         with Image.open(file) as image:
             if only_check:
                 image.draft(None, (1, 1))
-            return _convert(ImageOps.exif_transpose(image), channels)
+            ImageOps.exif_transpose(image, in_place=True)  # else a copy, turned or not
+            image.load()
+            return _convert(image, channels)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise every kind
@@ -92,9 +94,8 @@ def _convert(image: Image.Image, channels: int | None) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if channels == 1:
-        return image.convert("L")
-    return image.convert("RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # which copies in any case
 
 
 def map_with_progress(
