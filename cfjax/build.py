@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cfjax import clean_lengths, flops, sharding, train_state
-from cfjax.data.sources import Source, open_source
+from cfjax.build_data import DTYPES, latent_scale, sees_latents
 from cfjax.diffusion.schedule import NoiseSchedule, make_noise_schedule, respace
 from cfjax.diffusion.solvers import Solver
 from cfjax.errors import UserError, check_choice
@@ -26,8 +26,6 @@ from cfjax.optimizer import OptimizerSettings, make_optimizer
 from cfjax.rng import stream_key
 from cfjax.sampling import Guidance, SamplingSettings
 from cfjax.train_step import TrainProgram, TrainStepSettings
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def model(config: ConfigDict) -> CausalFusion:
@@ -197,10 +195,15 @@ def train_program(config: ConfigDict, mesh: Mesh) -> TrainProgram:
         ema_decay=config.optimizer.ema_decay,
         seed=config.seed,
         num_microbatches=config.train.num_microbatches,
+        latent_scale=latent_scale(config),
     )
     batch_size, data = config.train.global_batch_size, config.data
     sharding.check_microbatches_divide(batch_size, settings.num_microbatches, mesh)
-    images = (batch_size, data.size, data.size, data.channels)
+    shape = (batch_size, data.size, data.size)
+    if sees_latents(config):
+        examples = {"moments": (*shape, 2 * data.channels)}
+    else:
+        examples = {"image": (*shape, data.channels)}
     rows = sharding.batch_sharding(mesh)
     return TrainProgram(
         settings=settings,
@@ -212,8 +215,11 @@ def train_program(config: ConfigDict, mesh: Mesh) -> TrainProgram:
             min_size=config.mesh.min_split_size,
         ),
         abstract_batch={
-            "image": jax.ShapeDtypeStruct(images, jnp.float32, sharding=rows),
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
+            **{
+                name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+                for name, shape in examples.items()
+            },
         },
         clean_lengths=clean_length_buckets(config),
         compiler_options=compiler_options(config, mesh),
@@ -253,19 +259,6 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, str]:
             )
         options[name] = value
     return options if mesh.devices.flat[0].platform == "tpu" else {}
-
-
-def source(config: ConfigDict, split: str) -> Source:
-    """The images of `config.data`: split "train" or "held_out"."""
-    return open_source(
-        config.data.name,
-        config.data.path,
-        split,
-        size=config.data.size,
-        channels=config.data.channels,
-        num_classes=config.data.num_classes,
-        on_corrupt=config.data.on_corrupt,
-    )
 
 
 def sampling_settings(

@@ -82,6 +82,11 @@ def document_name(item: str) -> str:
     return f"{item}.json"
 
 
+def temporary_name(name: str) -> str:
+    """The name of the folder `name` while it is written; leftovers of this name are removed."""
+    return name + _TEMPORARY
+
+
 def read_document(folder: epath.Path, item: str) -> dict[str, Any]:
     """A JSON document of one checkpoint.
 

@@ -20,6 +20,7 @@ from os import PathLike
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -240,6 +241,8 @@ def restore_state(
 ) -> tuple[TrainState, int]:
     """The training state, placed onto today's shardings, and how many examples it has seen.
 
+    A checkpoint of weights from elsewhere (`checkpoint_weights`) gives a fresh `opt_state`.
+
     Args:
       directory: a workdir, its `checkpoints/` folder, or one checkpoint.
       abstract_state: `ShapeDtypeStruct`s with shardings, from `sharding.abstract_sharded`. Mesh and
@@ -251,9 +254,21 @@ def restore_state(
         architecture.
     """
     folder = checkpoint_folders.find(directory, train_step)
-    restored = _restore(folder, _split(abstract_state))
+    targets = _split(abstract_state)
+    if is_weights_only := read_document(folder, "metadata").get("is_weights_only", False):
+        del targets["state"]["opt_state"]
+    restored = _restore(folder, targets)
+    if is_weights_only:
+        restored["state"]["opt_state"] = _fresh(abstract_state.opt_state)
     state = abstract_state.replace(ema_params=restored["ema"], **restored["state"])
     return state, read_document(folder, "data")["examples_seen"]
+
+
+def _fresh(abstract_opt_state: Any) -> Any:
+    """AdamW's state before the first update: zeros."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract_opt_state
+    )
 
 
 def restore_ema(

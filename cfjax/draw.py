@@ -59,7 +59,8 @@ def factorization_plane(
         trajectory.token_order[0], [x[:, 0] for x in trajectory.x_t], list(denoising_steps)
     )
     flat = frames.reshape(-1, *frames.shape[2:])
-    images = unpatchify(flat, sampler.config.model.patch_size, sampler.model.grid)
+    generated = unpatchify(flat, sampler.config.model.patch_size, sampler.model.grid)
+    images = sampler.to_images(np.asarray(generated))
     rgb = paint_missing(images, to_uint8(np.nan_to_num(images)))
     # After denoising step d the sample is at the timestep that comes next; clean at the end.
     timesteps = np.append(schedule.timestep_map[::-1], 0)[denoising_steps + 1]
@@ -70,7 +71,7 @@ def main(_: Sequence[str]) -> None:
     """Runs the program."""
     values = flags.FLAGS.flag_values_dict()
     out, seed, overrides = Path(values["out"]), values["seed"], sampling_overrides()
-    sampler = load(values["checkpoint"], values["train_step"])
+    sampler = load(values["checkpoint"], values["train_step"], autoencoder=values["autoencoder"])
     model = sampler.model
     ar_steps = integers("ar_steps", values["ar_steps"]) or default_ar_steps(
         model.num_tokens, model.grid[0]

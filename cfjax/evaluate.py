@@ -18,16 +18,17 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 import cfjax
-from cfjax import build, processes, program
+from cfjax import build_data, processes, program
 from cfjax.checkpoint_folders import find
 from cfjax.config_loading import define_config_flag
 from cfjax.data.image_files import read_images
-from cfjax.data.sources import Source, all_images
+from cfjax.data.sources import Source, all_images, open_dataset, parse_dataset
 from cfjax.diffusion.solvers import Solver
 from cfjax.errors import UserError
 from cfjax.evaluation.classifier import load_or_train
 from cfjax.evaluation.report import Report, floor_distance, score
 from cfjax.evaluation.statistics import FeatureStatistics
+from cfjax.models.autoencoder_kl import AutoencoderKL
 from cfjax.sample import (
     define_device_flags,
     define_sampling_flags,
@@ -43,19 +44,19 @@ Samples = tuple[str, Iterator[tuple[np.ndarray, np.ndarray | None]]]
 
 
 def evaluate(
-    config: ConfigDict,
+    dataset: str,
     sources: tuple[Source, Source],
     samples: Iterator[Samples],
     out: Path,
     protocol: dict[str, Any],
 ) -> Report | None:
-    """Scores samples against the real training images of a config and saves the report.
+    """Scores samples against real training images and saves the report.
 
     The first process does; the others, which all samples reach too, take part in making them and
     return None.
 
     Args:
-      config: names the data.
+      dataset: name of the real images.
       sources: the real images, training and held-out.
       samples: one row of the report each.
       out: folder of the report and the classifier.
@@ -76,13 +77,13 @@ def evaluate(
         scored = ((*classifier.features(images), labels) for images, labels in batches)
         scores.append(score(name, scored, reference))
     report = Report(
-        extractor=f"{config.data.name}-classifier",
+        extractor=f"{dataset}-classifier",
         scores=scores,
         floor=floor,
         held_out_accuracy=classifier.held_out_accuracy,
         num_features=real.shape[1],
         protocol={
-            "reference": f"{len(train)} training images of {config.data.name}",
+            "reference": f"{len(train)} training images of {dataset}",
             "real images": f"a random half of the reference against the other, {len(train) // 2} each;"
             f" accuracy on {len(held_out)} held-out images",
             "feature extractor": f"classifier of sha256 {classifier.checksum}",
@@ -104,7 +105,8 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
         raise UserError("--checkpoint has its own config; drop --config.")
     settings = {s: sampler.settings(overrides | {"num_ar_steps": s}) for s in ar_steps}
     labels = labels_of((), values["num_samples"], sampler.model.num_classes)
-    sources = _sources(sampler.config)
+    decoder = sampler.autoencoder and sampler.autoencoder.module
+    sources = _sources(sampler.config, values["dataset"], decoder)
     program.check_workdir_writable(out)
     seed, batch_size = values["seed"], values["batch_size"]
 
@@ -123,7 +125,7 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
         "rounding": "uint8, truncated",
         "seed": seed,
     }
-    return evaluate(sampler.config, sources, samples(), out, protocol)
+    return evaluate(_dataset_name(sampler.config), sources, samples(), out, protocol)
 
 
 def _solver_details(solver: Solver) -> str:
@@ -131,8 +133,37 @@ def _solver_details(solver: Solver) -> str:
     return f"{rule}, x_0 clipped" if solver.clip_x_start else rule
 
 
-def _sources(config: ConfigDict) -> tuple[Source, Source]:
-    return build.source(config, "train"), build.source(config, "held_out")
+def _dataset_name(config: ConfigDict) -> str:
+    dataset = flags.FLAGS["dataset"].value
+    return config.data.name if dataset is None else parse_dataset(dataset).name
+
+
+def _sources(
+    config: ConfigDict, dataset: str | None, module: AutoencoderKL | None
+) -> tuple[Source, Source]:
+    """The real images, training and held-out: those of the config, or of `--dataset`."""
+    if dataset is None:
+        if config.data.name == "latents":
+            raise UserError(
+                f"the data in {config.data.path} are latents; name the images that were encoded,"
+                " such as --dataset=mnist."
+            )
+        return build_data.source(config, "train"), build_data.source(config, "held_out")
+    size, channels = config.data.size, config.data.channels
+    if module is not None:
+        size, channels = size * module.downsampling, module.image_channels
+    train, held_out = (
+        open_dataset(
+            dataset,
+            split,
+            size=size,
+            channels=channels,
+            num_classes=config.data.num_classes,
+            on_corrupt=config.data.on_corrupt,
+        )
+        for split in ("train", "held_out")
+    )
+    return train, held_out
 
 
 def _of_samples(values: dict[str, Any], out: Path) -> Report | None:
@@ -144,20 +175,22 @@ def _of_samples(values: dict[str, Any], out: Path) -> Report | None:
     images, labels = read_images(values["samples"])
     if len(images) < 2:
         raise UserError(f"{values['samples']} holds 1 image; a covariance needs at least 2.")
-    sources = _sources(config)
+    autoencoder = build_data.autoencoder(config)
+    sources = _sources(config, values["dataset"], autoencoder and autoencoder.module)
     if images.shape[1:] != sources[0].image_shape:
         raise UserError(
-            f"the samples are {images.shape[1:]}, but the images of {config.data.name} are"
+            f"the samples are {images.shape[1:]}, but the images of {_dataset_name(config)} are"
             f" {sources[0].image_shape}; pass samples of that size."
         )
     if labels is not None and not ((labels >= 0) & (labels < config.data.num_classes)).all():
         raise UserError(
             f"{values['samples']} has labels outside the classes 0 to"
-            f" {config.data.num_classes - 1} of {config.data.name}; leave 'labels' out or mend it."
+            f" {config.data.num_classes - 1} of {_dataset_name(config)}; leave 'labels' out or mend it."
         )
     program.check_workdir_writable(out)
     row = (Path(values["samples"]).name, iter([(images, labels)]))
-    return evaluate(config, sources, iter([row]), out, {"samples": values["samples"]})
+    name = _dataset_name(config)
+    return evaluate(name, sources, iter([row]), out, {"samples": values["samples"]})
 
 
 def main(_: Sequence[str]) -> None:
@@ -179,6 +212,9 @@ def define_flags() -> None:
     define_device_flags()
     flags.DEFINE_string("samples", None, "Instead of a checkpoint: a .npz or a folder of images.")
     define_config_flag(required=False)
+    flags.DEFINE_string(
+        "dataset", None, "Real images, if not those of the config: see cfjax.encode."
+    )
     flags.DEFINE_string("out", None, "Folder of the report and the classifier.", required=True)
     flags.DEFINE_integer("num_samples", 1000, "For each number of AR steps.", lower_bound=2)
     flags.DEFINE_list("ar_steps", ["1"], "Numbers of AR steps: a row of the report each.")

@@ -31,6 +31,7 @@ def define_sampling_flags(checkpoint_is_required: bool = True) -> None:
         required=checkpoint_is_required,
     )
     flags.DEFINE_integer("train_step", None, "Which checkpoint; the latest by default.")
+    flags.DEFINE_string("autoencoder", None, "Folder; by default that of the checkpoint's config.")
     flags.DEFINE_integer("seed", 0, "Of the noise and the token orders.")
     flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1)
     flags.DEFINE_string("token_order", None, "random, raster, block_raster or dilated.")
@@ -51,7 +52,7 @@ def load_sampler() -> Sampler:
     """The checkpoint that the flags name, on the mesh that they name."""
     values = flags.FLAGS.flag_values_dict()
     mesh = sharding.make_mesh(fsdp=values["fsdp"], tensor=values["tensor"])
-    return load(values["checkpoint"], values["train_step"], mesh)
+    return load(values["checkpoint"], values["train_step"], mesh, values["autoencoder"])
 
 
 def sampling_overrides() -> dict[str, Any]:

@@ -6,7 +6,7 @@ images = sampler.generate(labels=[3, 1, 4], num_ar_steps=7, guidance_scale=2.0)
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
 import jax
@@ -15,18 +15,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from cfjax import build, checkpoints, sampling, sharding
+from cfjax import build, build_data, checkpoints, mesh_autoencoder, sampling, sharding
 from cfjax.config_loading import config_from_json
 from cfjax.data.images import to_uint8
 from cfjax.diffusion.schedule import NoiseSchedule
 from cfjax.errors import UserError, check_choice
+from cfjax.mesh_autoencoder import MeshAutoencoder
 from cfjax.models.causal_fusion import CausalFusion
 from cfjax.models.patches import unpatchify
 from cfjax.rng import per_example_keys, stream_key
 
 
 def load(
-    directory: str | PathLike, train_step: int | None = None, mesh: jax.sharding.Mesh | None = None
+    directory: str | PathLike,
+    train_step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    autoencoder: str | PathLike | None = None,
 ) -> "Sampler":
     """The EMA model of a checkpoint.
 
@@ -34,15 +38,28 @@ def load(
       directory: a run's workdir, its `checkpoints/` folder, or one checkpoint.
       train_step: which checkpoint, by default the latest.
       mesh: from `sharding.make_mesh`; by default each device has a copy of the parameters.
+      autoencoder: folder of the one that decodes latents, by default `config.autoencoder.path`.
 
     Raises:
-      UserError: there is no such checkpoint, it is corrupt, its config lacks a field, or the mesh
-        does not divide the model.
+      UserError: there is no such checkpoint, it is corrupt, its config lacks a field, the mesh does
+        not divide the model, or an autoencoder is missing, another one, or not needed.
     """
     config = config_from_json(checkpoints.read_config(directory, train_step))
     try:
         model = build.sampling_model(config)
         build.sampling_settings(config)
+        if autoencoder is not None:
+            if not build_data.sees_latents(config):
+                raise UserError(
+                    f"the model in {directory} generates pixels; don't pass an autoencoder."
+                )
+            config.autoencoder.path = fspath(autoencoder)
+        if build_data.sees_latents(config) and not config.autoencoder.path:
+            raise UserError(
+                f"the model in {directory} generates latents, and its config names no autoencoder;"
+                " pass one that decodes them: --autoencoder=FOLDER, or cfjax.load(autoencoder=...)."
+            )
+        decoder = build_data.autoencoder(config)
     except AttributeError as error:
         raise UserError(
             f"the config of the checkpoint in {directory} lacks the field {error.args[0]}, as another"
@@ -52,7 +69,8 @@ def load(
     build.check_mesh_divides_model(config, mesh)
     abstract = sharding.abstract_sharded(build.init_sampling_params(model), mesh, jax.random.key(0))
     params = checkpoints.restore_ema(directory, abstract, train_step)
-    return Sampler(config, model, params, mesh)
+    decodes = decoder and mesh_autoencoder.put(decoder, mesh)
+    return Sampler(config, model, params, mesh, decodes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +82,14 @@ class Sampler:
       model: the transformer.
       params: its parameters, on `mesh`, most in the dtype of the matrix products.
       mesh: over which a batch is split.
+      autoencoder: that decodes the latents which the model generates; None for pixels.
     """
 
     config: ConfigDict
     model: CausalFusion
     params: Any
     mesh: jax.sharding.Mesh
+    autoencoder: MeshAutoencoder | None = None
 
     def generate(
         self,
@@ -157,7 +177,7 @@ class Sampler:
                 jax.make_array_from_callback(x.shape, sharded, x.__getitem__)
                 for x in (labels[rows], (first_index + rows).astype(np.uint32))
             ]
-            return _generate_images(
+            generated = _generate_images(
                 self.model,
                 self.params,
                 schedule,
@@ -166,6 +186,7 @@ class Sampler:
                 stream_key(seed, "sample"),
                 *on_mesh,
             )
+            return generated if self.autoencoder is None else self.autoencoder.decode(generated)
 
         begins = range(0, len(labels), size)
         with sharding.activate(self.mesh):
@@ -176,6 +197,24 @@ class Sampler:
                     running = start(begin + size)
                 images = multihost_utils.process_allgather(finished, tiled=True)
                 yield to_uint8(images[: len(labels) - begin])
+
+    def to_images(self, generated: np.ndarray) -> np.ndarray:
+        """What the model generates as images.
+
+        Args:
+          generated: pixels or latents, float `[n, H, W, C]`; NaN where nothing is yet, which an
+            autoencoder sees as 0.
+
+        Returns:
+          float32 `[n, H, W, C]` in [-1, 1], about; NaN where nothing is yet.
+        """
+        if self.autoencoder is None:
+            return generated
+        missing = np.isnan(generated).any(-1, keepdims=True)
+        images = self.autoencoder.decode_all(np.nan_to_num(generated))
+        for axis in (1, 2):
+            missing = missing.repeat(self.autoencoder.module.downsampling, axis)
+        return np.where(missing, np.nan, images)
 
     def trajectory(
         self, label: int, seed: int = 0, index: int = 0, **overrides: Any

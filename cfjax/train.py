@@ -9,26 +9,33 @@ goes on from the one before it, says so, and keeps the damaged one as `<train st
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
-from clu import parameter_overview
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cfjax import build, checkpoints, clean_lengths, preemption, processes, program, sharding
-from cfjax.config_loading import changed_keys, config_to_json, define_config_flag
+from cfjax import (
+    build,
+    build_data,
+    clean_lengths,
+    mesh_autoencoder,
+    preemption,
+    program,
+    sharding,
+    train_loop,
+)
+from cfjax.config_loading import define_config_flag
 from cfjax.data.images import to_uint8
-from cfjax.data.loader import TrainLoader
-from cfjax.metric_log import MetricLog
+from cfjax.mesh_autoencoder import MeshAutoencoder
 from cfjax.models.patches import unpatchify
-from cfjax.optimizer import learning_rate_schedule
 from cfjax.rng import per_example_keys, stream_key
 from cfjax.sampling import generate
-from cfjax.train_progress import TrainProgress
+from cfjax.train_loop import TrainStep
 from cfjax.train_state import TrainState
 from cfjax.train_step import TrainProgram
 from cfjax.visualization import image_grid
@@ -50,105 +57,44 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     """
     build.check_counts(config)
     mesh = build.mesh(config)
-    settings = build.optimizer_settings(config)
     train_program = build.train_program(config, mesh)
-    abstract_state = train_program.abstract_state
     build.sampling_settings(config)  # refused now rather than after training
-    source = build.source(config, "train")
-    program.check_workdir_writable(workdir)
-
-    restored = checkpoints.restore_newest(workdir, abstract_state)
-    if restored is None:
-        init = build.init_state(train_program.settings.model, train_program.settings.optimizer)
-        state = sharding.born_sharded(
-            init, mesh, stream_key(config.seed, "init"), min_size=config.mesh.min_split_size
-        )
-        examples_seen = 0
-    else:
-        state, examples_seen = restored
-        for change in changed_keys(checkpoints.read_config(workdir), config):
-            logging.warning("The config differs from the checkpoint's: %s.", change)
-    logging.info(
-        "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    )
-    logging.info(
-        "%d training images; a batch of %d, %d tokens a sequence; mesh %s of %s; %s.",
-        len(source),
-        config.train.global_batch_size,
-        build.sequence_length(config),
-        ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-        mesh.devices.flat[0].device_kind,
-        "from scratch" if restored is None else f"resuming after train step {state.train_step}",
-    )
-
+    source = build_data.source(config, "train")
+    autoencoder = _autoencoder(config, mesh)
     if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
         logging.warning(
             "Splash attention is made for TPUs and is interpreted here, very slowly; add"
             " --config.model.attention=fused."
         )
-    batch_size, num_train_steps = config.train.global_batch_size, config.train.num_train_steps
-    first = int(state.train_step)
-    train_steps = _compiled(train_program) if first < num_train_steps else {}
-    processes.wait_for_all("the first train step")
-    lengths = clean_lengths.clean_lengths(
-        train_program.settings.objective.factorization,
-        train_program.settings.model.num_tokens,
-        train_program.clean_lengths,
-        config.seed,
-        first,
+    settings = train_program.settings
+    init = build.init_state(settings.model, settings.optimizer)
+    training = train_loop.Training(
+        mesh=mesh,
+        source=source,
+        init=lambda key: sharding.born_sharded(
+            init, mesh, key, min_size=config.mesh.min_split_size
+        ),
+        abstract_state=train_program.abstract_state,
+        compile=lambda first: _train_steps(train_program, first, autoencoder),
+        description=f"{build.sequence_length(config)} tokens a sequence",
+        picture=lambda state: _sample_grid(config, state.ema_params, autoencoder),
+        picture_name="samples",
     )
-    loader = TrainLoader(
-        source,
-        seed=config.seed,
-        rows=sharding.batch_rows(batch_size, mesh),
-        global_batch_size=batch_size,
-        examples_seen=examples_seen,
-        horizontal_flip=config.data.horizontal_flip,
-        num_threads=config.data.num_threads,
-    )
-    writer = checkpoints.CheckpointWriter(
-        workdir,
-        config.train.keep_checkpoints,
-        config.train.keep_every,
-        config.train.keep_best_metric,
-    )
-    with loader, writer, MetricLog(workdir, first) as log, sharding.activate(mesh):
-        progress = TrainProgress(
-            log,
-            learning_rate_schedule(settings),
-            first=first,
-            last=num_train_steps,
-            log_every=config.train.log_every,
-            batch_size=batch_size,
-            followed=config.train.keep_best_metric,
-        )
-        for number in range(first + 1, num_train_steps + 1):
-            batch = sharding.assemble_global_batch(next(loader), mesh)
-            state, totals = train_steps[next(lengths)](state, batch)
-            progress.add(number, totals)
-            is_last = number == num_train_steps
-            is_preempted = preemption.is_due(number - first)
-            is_regular = number % config.train.checkpoint_every == 0
-            if is_last or is_preempted or is_regular:
-                progress.check_finite()  # a state that is not finite is never saved
-                log.flush()
-                metric = progress.take_followed() if is_regular else None
-                writer.save(state, config_to_json(config), number * batch_size, metric)
-            if config.train.sample_every and (is_last or number % config.train.sample_every == 0):
-                log.image(number, "samples", _sample_grid(config, state.ema_params))
-            if is_preempted:
-                break
-    if state.train_step < num_train_steps:
-        raise preemption.Preempted(
-            f"Told to end: train step {state.train_step} of {num_train_steps} is saved in {workdir};"
-            " run again to go on."
-        )
-    logging.info("Train step %d of %d is saved in %s.", state.train_step, num_train_steps, workdir)
-    return state
+    return train_loop.run(training, config, workdir)
 
 
-def _compiled(train_program: TrainProgram) -> dict[int, jax.stages.Compiled]:
-    """The train step for each number of clean tokens."""
+def _autoencoder(config: ConfigDict, mesh: Mesh) -> MeshAutoencoder | None:
+    """What encodes images in training or decodes samples, if anything has to."""
+    loaded = build_data.autoencoder(config)
+    if loaded is None or (config.data.name == "latents" and not config.train.sample_every):
+        return None
+    return mesh_autoencoder.put(loaded, mesh)
+
+
+def _train_steps(
+    train_program: TrainProgram, first: int, autoencoder: MeshAutoencoder | None
+) -> Iterator[TrainStep]:
+    """Compiles the train step for each number of clean tokens; which one runs when."""
     compiled = {}
     for num_clean in train_program.clean_lengths:
         began = time.monotonic()
@@ -158,18 +104,41 @@ def _compiled(train_program: TrainProgram) -> dict[int, jax.stages.Compiled]:
             num_clean,
             time.monotonic() - began,
         )
-    return compiled
+    settings = train_program.settings
+    lengths = clean_lengths.clean_lengths(
+        settings.objective.factorization,
+        settings.model.num_tokens,
+        train_program.clean_lengths,
+        settings.seed,
+        first,
+    )
+    return (_of_images(compiled[num_clean], autoencoder) for num_clean in lengths)
 
 
-def _sample_grid(config: ConfigDict, params: Any) -> np.ndarray:
+def _of_images(train_step: TrainStep, autoencoder: MeshAutoencoder | None) -> TrainStep:
+    """A train step that encodes the images of its batch, where it has any, and takes moments."""
+
+    def encode_and_train(state, batch):
+        if autoencoder is not None and "image" in batch:
+            batch = {"moments": autoencoder.encode(batch["image"]), "label": batch["label"]}
+        return train_step(state, batch)
+
+    return encode_and_train
+
+
+def _sample_grid(
+    config: ConfigDict, params: Any, autoencoder: MeshAutoencoder | None
+) -> np.ndarray:
     """uint8 picture of one sample a class, of at most 10 classes."""
     model = build.sampling_model(config)
     labels = np.arange(min(10, config.data.num_classes))
     settings, schedule = build.sampling_settings(config)
     keys = per_example_keys(stream_key(config.seed, "samples"), jnp.arange(len(labels)))
     tokens = generate(model, params, schedule, settings, jnp.asarray(labels), keys)
-    images = unpatchify(jax.device_get(tokens), config.model.patch_size, model.grid)
-    return image_grid(to_uint8(np.asarray(images)), num_columns=len(labels))
+    images = np.asarray(unpatchify(jax.device_get(tokens), config.model.patch_size, model.grid))
+    if autoencoder is not None:
+        images = autoencoder.decode_all(images)
+    return image_grid(to_uint8(images), num_columns=len(labels))
 
 
 def main(_: Sequence[str]) -> None:

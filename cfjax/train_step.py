@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 
 from cfjax import objective, train_state
 from cfjax.errors import UserError
+from cfjax.models.autoencoder_kl import Moments, split_moments
 from cfjax.models.causal_fusion import CausalFusion
 from cfjax.models.patches import patchify
 from cfjax.objective import Objective
+from cfjax.rng import per_example_keys, stream_key
 from cfjax.sharding import activate, constrain, replicated
 from cfjax.train_state import TrainState
 
@@ -29,10 +31,11 @@ class TrainStepSettings:
       model: the transformer.
       objective: what it is trained for.
       optimizer: of its parameters.
-      patch_size: p; a token is p x p pixels.
+      patch_size: p; a token is p x p pixels or latents.
       ema_decay: of the averaged parameters.
       seed: of all that is drawn.
       num_microbatches: parts of the batch whose gradients are computed one after the other.
+      latent_scale: by which latents are multiplied; None for pixels.
     """
 
     model: CausalFusion
@@ -42,6 +45,7 @@ class TrainStepSettings:
     ema_decay: float
     seed: int
     num_microbatches: int = 1
+    latent_scale: float | None = None
 
 
 def train_step(
@@ -54,7 +58,8 @@ def train_step(
 
     Args:
       state: before the train step.
-      batch: "image" float32 `[batch, H, W, C]` in [-1, 1] and "label" int32 `[batch]`.
+      batch: "label" int32 `[batch]`, and "image" float32 `[batch, H, W, C]` in [-1, 1]; or for
+        latents "moments" `[batch, h, w, 2 c]`, as `AutoencoderKL.encode_parameters` gives them.
       settings: static.
       num_clean: clean tokens of the sequence (static), at least those before the last AR step; by
         default what suffices for every split.
@@ -62,7 +67,12 @@ def train_step(
     Returns:
       The state after it and metrics as `(sum, count)` by name.
     """
-    tokens = patchify(batch["image"], settings.patch_size)
+    if settings.latent_scale is None:
+        inputs = batch["image"]
+    else:
+        key = stream_key(settings.seed, "latents", state.train_step)
+        inputs = settings.latent_scale * draw_latents(batch["moments"], key)
+    tokens = patchify(inputs, settings.patch_size)
     drawn = objective.corrupt(
         settings.objective, settings.model, batch["label"], settings.seed, state.train_step
     )
@@ -84,6 +94,17 @@ def train_step(
     state = train_state.apply_gradients(state, grads, settings.optimizer, settings.ema_decay)
     totals |= {"loss": (loss, 1.0), "gradient_norm": (optax.tree.norm(grads), 1.0)}
     return state, totals
+
+
+def draw_latents(moments: jax.Array, key: jax.Array) -> jax.Array:
+    """Latents float32 `[batch, h, w, c]`, drawn by the rows of the global batch.
+
+    Args:
+      moments: `[batch, h, w, 2 c]`, mean and log-variance.
+      key: of the train step.
+    """
+    keys = per_example_keys(key, jnp.arange(moments.shape[0]))
+    return jax.vmap(Moments.sample)(split_moments(moments.astype(jnp.float32)), keys)
 
 
 def _accumulated(

@@ -13,14 +13,20 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initialization, data order, noise, splits and orders
 
     config.data = ConfigDict()
-    config.data.name = ""  # "mnist" (embedded), "image_folder", "latents" (encoded images)
-    config.data.path = ""  # the folder of "image_folder" and "latents"
+    config.data.name = ""  # "mnist", "image_folder", "array_record", "tfds", "latents" (encoded)
+    config.data.path = ""  # the folder of all but "mnist"; of "tfds" its data_dir
+    config.data.tfds_name = ""  # of the set of "tfds": "imagenet2012"
     config.data.size = 32  # height and width of what the model sees: pixels, or latents
     config.data.channels = 3  # of what the model sees
     config.data.num_classes = 1000  # label num_classes is the null class
     config.data.horizontal_flip = True  # mirror each example with probability 1/2
-    config.data.on_corrupt = "refuse"  # a broken image file: "refuse", or "skip" and name it
+    config.data.on_corrupt = "refuse"  # what is damaged: "refuse", or "skip" and name it
     config.data.num_threads = 4  # that read and decode ahead of training
+
+    config.autoencoder = ConfigDict()  # of models that see latents
+    config.autoencoder.path = ""  # folder of one; images are encoded in training, but for "latents"
+    config.autoencoder.scale = 0.0  # by which its latents are multiplied; 0 takes what it names
+    config.autoencoder.dtype = "float32"  # of its convolutions, at the highest precision
 
     config.model = ConfigDict()
     config.model.width = 1024  # D

@@ -1,7 +1,7 @@
 """ImageNet at 256x256 in latents: the paper's system-level models and its ablations.
 
     python -m cfjax.train --config configs/imagenet256.py:xl --workdir gs://bucket/runs/xl \
-        --config.data.path=gs://bucket/imagenet256-kl16
+        --config.data.path=gs://bucket/imagenet256-kl16 --config.autoencoder.path=kl16
 
 Variants (paper tables 9 and 10; FID as the paper reports it):
 
@@ -35,6 +35,7 @@ Hardware: TPU pod. Not run.
 from ml_collections import ConfigDict
 
 from cfjax.errors import check_choice
+from cfjax.models.autoencoder_kl import KL8, KL16
 from cfjax.models.causal_fusion import named_size
 from configs import default
 
@@ -63,10 +64,12 @@ def get_config(variant: str = "xl") -> ConfigDict:
     if variant in SYSTEM_LEVEL:
         config.data.size = 16
         config.data.channels = 16
+        config.autoencoder.scale = KL16["scale"]
         return config
 
     config.data.size = 32
     config.data.channels = 4
+    config.autoencoder.scale = KL8["scale"]
     config.model.patch_size = 2
     config.model.num_condition_tokens = 4
     config.model.position_embedding = "sincos"

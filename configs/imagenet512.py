@@ -1,7 +1,7 @@
 """ImageNet at 512x512: XL/2 on KL-16 latents of 32x32x16 (paper table 10).
 
     python -m cfjax.train --config configs/imagenet512.py --workdir gs://bucket/runs/xl512 \
-        --config.data.path=gs://bucket/imagenet512-kl16
+        --config.data.path=gs://bucket/imagenet512-kl16 --config.autoencoder.path=kl16
 
 The paper reports FID-50k 1.98 with guidance. Hardware: TPU pod. Not run.
 """

@@ -36,15 +36,18 @@ class Wrapped:
     def __len__(self):
         return min(len(self._source), self.max_examples)
 
-    def images_at(self, indices):
-        return self._images_at(indices, self._source.images_at(indices))
+    def examples_at(self, indices):
+        examples = self._source.examples_at(indices)
+        return examples | {"image": self._images_at(indices, examples["image"])}
 
 
 def wrap_source(images_at):
-    from cfjax import build
+    from cfjax import build_data
 
-    open_source = build.open_source
-    build.open_source = lambda *args, **kwargs: Wrapped(open_source(*args, **kwargs), images_at)
+    open_source = build_data.open_source
+    build_data.open_source = lambda *args, **kwargs: Wrapped(
+        open_source(*args, **kwargs), images_at
+    )
 
 
 def record(folder):

@@ -117,6 +117,15 @@ def test_scaling_runs_each_number_of_devices():
     assert values["batch_size"] == 16
 
 
+def test_the_input_pipeline_is_measured():
+    flags = ["--images=64", "--size=32", "--latents=600", "--latent_size=4", "--reads=200"]
+    values = run("input_pipeline", *flags)
+    assert values["images_per_cpu_second"] > 0 and values["latents_per_second"] > 0
+    ratio = values["images_per_cpu_second"] / values["pillow_images_per_cpu_second"]
+    assert values["images_ratio_to_pillow"] == pytest.approx(ratio)  # of the one round
+    assert values["resident_mib_before"] > 0
+
+
 def test_costs_are_medians_of_the_ratios_of_a_round():
     """One slow round, in which everything took ten times as long, changes nothing."""
     times = {

@@ -12,9 +12,19 @@ import pytest
 import runs
 from tensorboardX.proto import event_pb2
 
-from cfjax import checkpoint_folders, checkpoints, paths, program, sharding, train_state
+from cfjax import (
+    autoencoder_files,
+    autoencoder_results,
+    checkpoint_folders,
+    checkpoints,
+    paths,
+    program,
+    sharding,
+    train_state,
+)
 from cfjax.errors import UserError
 from cfjax.metric_log import MetricLog, read_metrics
+from cfjax.models.autoencoder_kl import AutoencoderKL
 
 RUN = "gs://bucket/runs/a"
 
@@ -102,6 +112,22 @@ def events(content):
         (length,) = struct.unpack("<Q", content[:8])
         yield event_pb2.Event.FromString(content[12 : 12 + length])
         content = content[16 + length :]
+
+
+def test_autoencoder(store):
+    module = AutoencoderKL(
+        channels=2, channel_multipliers=(1,), latent_channels=1, scale=0.5, num_groups=1
+    )
+    params = module.init(jax.random.key(0), jnp.zeros((1, 1, 1, 3)))["params"]
+    folder = f"{RUN}/autoencoder"
+    for number in (1, 2):
+        checksum = autoencoder_results.write_folder(folder, module, params, {"number": number})
+    autoencoder_results.write_picture(f"{RUN}/picture.png", np.zeros((2, 3, 1), np.uint8))
+    loaded = autoencoder_files.load(folder)
+    assert (loaded.module, loaded.checksum) == (module, checksum)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+    assert json.loads(store.get("bucket/runs/a/autoencoder/training.json")) == {"number": 2}
+    assert store.get("bucket/runs/a/picture.png").startswith(b"\x89PNG")
 
 
 def test_paths(store):

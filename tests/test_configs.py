@@ -1,5 +1,6 @@
 """Every config builds and takes a train step when shrunk; every field is read somewhere."""
 
+import autoencoders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,15 +8,17 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from cfjax import build
+from cfjax import build, train_autoencoder
+from cfjax.autoencoder_train_step import compile_train_step
 from cfjax.config_loading import load_config
 from cfjax.errors import UserError
 from cfjax.models.causal_fusion import SIZES
-from cfjax.sharding import batch_sharding, born_sharded, make_mesh
+from cfjax.sharding import abstract_sharded, batch_sharding, born_sharded, make_mesh
 from cfjax.train import train
 
 VARIANTS = [
     "mnist.py",
+    "mnist_latent.py",
     "image_folder.py",
     "imagenet256.py",
     "imagenet256.py:l",
@@ -26,6 +29,8 @@ VARIANTS = [
     "imagenet256.py:in_context_dit",
     "imagenet512.py",
 ]
+# Of `cfjax.train_autoencoder`; they start from `default_autoencoder.py`.
+AUTOENCODERS = ["mnist_autoencoder.py"]
 
 
 def load(name):
@@ -33,8 +38,9 @@ def load(name):
 
 
 def test_all_configs_are_tested():
-    files = {path.name for path in tiny.CONFIGS.glob("*.py")} - {"default.py"}
-    assert files == {name.split(":")[0] for name in VARIANTS}
+    files = {path.name for path in tiny.CONFIGS.glob("*.py")}
+    tested = {name.split(":")[0] for name in VARIANTS + AUTOENCODERS}
+    assert files == tested | {"default.py", "default_autoencoder.py"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -43,6 +49,7 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
     build.sampling_settings(config)
     config.model.update({"width": 16, "depth": 1, "num_heads": 2, "num_condition_tokens": 2})
     config.data.update({"size": 2 * config.model.patch_size, "num_classes": 3})
+    config.autoencoder.scale = 1.0  # without it, it is asked of the autoencoder
     config.optimizer.warmup_steps = 0
     config.train.update({"global_batch_size": 2, "clean_length_buckets": 1})
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -51,13 +58,34 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
     init = build.init_state(settings.model, settings.optimizer)
     state = born_sharded(init, mesh, jax.random.key(0))
     before = np.asarray(state.params["final_projection"]["bias"])
-    shape = (2, config.data.size, config.data.size, config.data.channels)
-    batch = {"image": jnp.linspace(-1, 1, np.prod(shape)).reshape(shape), "label": jnp.arange(2)}
+    batch = {
+        name: jnp.linspace(-1, 1, leaf.size).reshape(leaf.shape).astype(leaf.dtype)
+        for name, leaf in train_program.abstract_batch.items()
+    }
     batch = jax.device_put(batch, batch_sharding(mesh))
     (num_clean,) = train_program.clean_lengths
     after, totals = train_program.compile(num_clean)(state, batch)
     assert np.isfinite(totals["loss"][0])
     assert np.abs(after.params["final_projection"]["bias"] - before).max() > 0
+
+
+@pytest.mark.parametrize("name", [*AUTOENCODERS, "default_autoencoder.py"])
+def test_an_autoencoder_config_takes_a_train_step_when_shrunk(name):
+    config = load(name)
+    config.autoencoder.update({"channels": 4, "num_groups": 2, "num_res_blocks": 1})
+    config.optimizer.warmup_steps = 0
+    settings = train_autoencoder.train_step_settings(config)
+    size = settings.module.downsampling
+    mesh = make_mesh(devices=jax.devices()[:1])
+    shape = (2, size, size, config.data.channels)
+    abstract_state = abstract_sharded(settings.init, mesh, jax.random.key(0))
+    state = born_sharded(settings.init, mesh, jax.random.key(0))
+    before = np.asarray(state.params["quant_conv"]["bias"])
+    batch = {"image": jnp.linspace(-1, 1, np.prod(shape)).reshape(shape), "label": jnp.arange(2)}
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    after, totals = compile_train_step(settings, mesh, abstract_state, shape)(state, batch)
+    assert np.isfinite(totals["loss"][0])
+    assert np.abs(after.params["quant_conv"]["bias"] - before).max() > 0
 
 
 @pytest.mark.parametrize(
@@ -115,7 +143,20 @@ def dotted_keys(config, prefix=""):
 
 
 def test_every_field_is_read(tmp_path):
-    config = tiny.config(train__num_train_steps=2, train__sample_every=2, sampling__num_ar_steps=2)
+    """Those of the autoencoder where there is one."""
+    overrides = {"train__num_train_steps": 2, "train__sample_every": 2, "sampling__num_ar_steps": 2}
+    autoencoders.make(tmp_path / "vae")
+    path, read = str(tmp_path / "vae"), set()
+    latents = {"autoencoder__path": path, "data__size": 14, "data__channels": 2}
+    for name, change in (("pixels", {}), ("latents", latents)):
+        config = tiny.config(**overrides, **change)
+        train(Recorder(config, read), tmp_path / name)
+    assert read == set(dotted_keys(config))
+
+
+@pytest.mark.slow
+def test_every_field_of_an_autoencoder_is_read(tmp_path):
+    config = tiny.autoencoder_config(train__num_train_steps=2, train__sample_every=2)
     read = set()
-    train(Recorder(config, read), tmp_path)
+    train_autoencoder.train(Recorder(config, read), tmp_path)
     assert read == set(dotted_keys(config))

@@ -13,7 +13,9 @@ from golden_data import (
 )
 
 from cfjax.convert import causal_fusion as convert
+from cfjax.convert import published_file, transformer
 from cfjax.convert.causal_fusion import params_from_published, params_to_published
+from cfjax.convert.report import Report
 from cfjax.errors import UserError
 from cfjax.models.causal_fusion import SIZES, CausalFusion, named_size
 
@@ -126,6 +128,35 @@ def test_full_sizes_have_the_published_names_and_shapes(size, published):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == total
     converted = convert.published_shapes(shapes, (16, 16))
     assert {name: list(shape) for name, shape in converted.items()} == expected
+    assert list(converted) == list(expected)  # by which the optimizer's state is numbered
+
+
+def test_models_that_the_published_code_lacks_are_refused(tmp_path):
+    repeating = full_size("tiny").clone(condition_repeats=2)
+    with pytest.raises(UserError, match=r"model\.condition_repeats is 2"):
+        transformer.to_published(tmp_path, None, repeating, {}, None, tmp_path / "x.pt", Report())
+
+
+@pytest.mark.parametrize(
+    ("size", "fields"),
+    [
+        ("l", {"data.size": 16, "data.channels": 16, "model.patch_size": 1}),
+        ("tiny", {"data.size": 32, "data.channels": 16, "model.patch_size": 2}),
+        ("xl", {"data.size": 16, "data.channels": 4, "model.patch_size": 1}),
+    ],
+)
+def test_sizes_follow_from_shapes(size, fields):
+    token_width = fields["data.channels"] * fields["model.patch_size"] ** 2
+    module = full_size(size).clone(token_width=token_width)
+    sizes = published_file.infer_sizes(convert.published_shapes(param_shapes(module), (16, 16)))
+    named = {f"model.{name}": value for name, value in named_size(size).items()}
+    assert sizes == fields | named | {
+        "model.mlp_ratio": 4.0,
+        "model.num_condition_tokens": 64,
+        "model.condition_repeats": 1,
+        "model.position_embedding": "learned",
+        "data.num_classes": 1000,
+    }
 
 
 def test_h_of_the_paper_has_a_billion_parameters():

@@ -27,14 +27,14 @@ class CountingSource:
     def __len__(self):
         return SIZE
 
-    def images_at(self, indices):
+    def examples_at(self, indices):
         images = np.zeros((len(indices), *self.image_shape), np.uint8)
         images[:, :, 0] = indices[:, None, None] + 1
-        return images
+        return {"image": images, "label": self.labels[indices]}
 
 
 class BrokenSource(CountingSource):
-    def images_at(self, indices):
+    def examples_at(self, indices):
         raise UserError("the image 7.png can't be decoded.")
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from cfjax.data import image_folder, sources
 from cfjax.data.embedded import MnistSource
 from cfjax.data.image_folder import ImageFolderSource
+from cfjax.data.splits import held_out
 from cfjax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -86,13 +87,13 @@ def test_an_image_folder(folder):
     assert len(train) + len(held_out) == 2 * COUNT
     assert len(held_out) > 0
     np.testing.assert_array_equal(np.unique(train.labels), [0, 1])
-    example = train[0]
+    example = {name: values[0] for name, values in train.examples_at([0]).items()}
     assert example["image"].shape == train.image_shape == (16, 16, 3)
     assert example["image"].dtype == np.uint8
     every = {image.tobytes() for part in (train, held_out) for image in sources.all_images(part)[0]}
     assert len(every) == 2 * COUNT
     grey = ImageFolderSource(folder, "train", 16, 1)
-    assert grey[0]["image"].shape == (16, 16, 1)
+    assert grey.examples_at([0])["image"][0].shape == (16, 16, 1)
 
 
 def test_modes_and_orientation(tmp_path):
@@ -157,9 +158,9 @@ def test_a_set_larger_than_memory_reads_the_same_images(folder, monkeypatch):
     for ours, expected in zip(sources.all_images(reread), sources.all_images(kept), strict=True):
         np.testing.assert_array_equal(ours, expected)
     reread._files[3].unlink()
-    kept[3]
+    kept.examples_at([3])
     with pytest.raises(UserError, match=r"the image .* can't be decoded; remove or mend it"):
-        reread[3]
+        reread.examples_at([3])
 
 
 def test_few_images_still_hold_one_out(tmp_path):
@@ -171,6 +172,15 @@ def test_few_images_still_hold_one_out(tmp_path):
     np.testing.assert_array_equal(train.labels, [0, 1, 1, 1])
     np.testing.assert_array_equal(held_out.labels, [1])
     assert not {file.name for file in train._files[1:]} & {file.name for file in held_out._files}
+
+
+def test_every_class_keeps_one_for_training():
+    names = [str(i) for i in range(200)]
+    assert not held_out(names, range(200)).any()
+    for share in (0.1, 0.9):
+        is_held_out = held_out(names, np.arange(200) // 2, share).reshape(100, 2)
+        assert is_held_out.any() and not is_held_out.all(axis=1).any()
+    assert not held_out(names, np.zeros(200, int), 0.0).any()
 
 
 def test_files_that_are_added_move_no_others(tmp_path):
@@ -239,7 +249,6 @@ def test_what_is_no_image_folder_is_refused(tmp_path, folder):
     ("change", "words"),
     [
         ({"name": "mnits"}, "unknown data.name 'mnits'; did you mean 'mnist'"),
-        ({"name": "latents"}, "no reader in this version"),
         ({"split": "test"}, "unknown split 'test'"),
         ({"size": 32}, "data.size 32 with data.channels 1 does not fit"),
         ({"num_classes": 9}, "data.num_classes is 9, but the data have 10 classes; set"),
@@ -249,3 +258,55 @@ def test_values_that_do_not_fit_are_refused(change, words):
     values = {"name": "mnist", "path": "", "split": "train", "size": 28, "channels": 1}
     with pytest.raises(UserError, match=words):
         sources.open_source(**(values | {"num_classes": 10} | change))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mnist", ("mnist", "", "")),
+        ("image_folder:my: pictures", ("image_folder", "my: pictures", "")),
+        ("array_record:gs://bucket/set", ("array_record", "gs://bucket/set", "")),
+        ("tfds:imagenet2012:/data", ("tfds", "/data", "imagenet2012")),
+        ("tfds:a/b:5.1.0:gs://bucket/x", ("tfds", "gs://bucket/x", "a/b:5.1.0")),
+    ],
+)
+def test_a_dataset_in_a_flag(text, expected):
+    assert sources.parse_dataset(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "mnits", "mnist:x", "image_folder", "image_folder:", "tfds:imagenet2012", "latents:x"],
+)
+def test_what_is_no_dataset_is_refused(text):
+    with pytest.raises(
+        UserError, match=rf"the dataset '{text}' is not understood; pass mnist, imag"
+    ):
+        sources.parse_dataset(text)
+
+
+def test_a_dataset_is_opened(folder):
+    values = {"size": 16, "channels": 3, "num_classes": 2}
+    opened = sources.open_dataset(f"image_folder:{folder}", "held_out", **values)
+    expected = ImageFolderSource(folder, "held_out", 16, 3)
+    for ours, theirs in zip(sources.all_images(opened), sources.all_images(expected), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    words = r"the dataset 'mnist' can't be read as images of 16x16x3: data.size"
+    with pytest.raises(UserError, match=words):
+        sources.open_dataset("mnist", "train", **values)
+
+
+def test_fingerprints_tell_images_apart(folder):
+    def fingerprint():
+        return ImageFolderSource(folder, "train", 16, 3).fingerprint
+
+    before = fingerprint()
+    assert fingerprint() == before
+    moved = folder.rename(folder.with_name("moved"))
+    assert ImageFolderSource(moved, "train", 8, 1).fingerprint == before
+    moved.rename(folder)
+    path = ImageFolderSource(folder, "train", 16, 3)._files[0]
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert fingerprint() != before
+    digits = [MnistSource(split).fingerprint for split in sources.SPLITS]
+    assert digits[0] != digits[1]

@@ -1,10 +1,16 @@
-"""What the pages of docs/ show a launcher to print is what it prints; their links lead somewhere."""
+"""The pages of docs/: their commands print or make what is shown, their links lead somewhere."""
 
+import os
 import re
 import subprocess
+import sys
+import tarfile
 
 import pytest
 from fake_clone import REPOSITORY
+from PIL import Image
+
+from cfjax.data.sources import SPLITS
 
 PAGES = sorted(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("docs/*.md"))
 
@@ -36,6 +42,31 @@ def test_shown_commands_print_what_is_shown():
         assert done.stdout == output
         num_shown += 1
     assert num_shown == 2
+
+
+def test_the_commands_that_prepare_data_do(tmp_path):
+    """Those of docs/data.md on stand-ins: tar files of classes, sorted folders, pictures."""
+    for name in ("train", "val/n01", "pictures/cats"):
+        (tmp_path / name).mkdir(parents=True)
+    Image.new("RGB", (300, 280)).save(tmp_path / "val/n01/1.JPEG")
+    Image.new("RGB", (30, 20)).save(tmp_path / "pictures/cats/1.jpg")
+    with tarfile.open(tmp_path / "train/n01.tar", "w") as tar:
+        tar.add(tmp_path / "val/n01/1.JPEG", "n01_1.JPEG")
+    page = (REPOSITORY / "docs/data.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"^ *python (-m cfjax.prepare_images.*)$", page, re.M)
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, *command.split()],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    made = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("manifest.json")}
+    splits = {f"{name}/{split}" for name in ("imagenet", "imagenet256") for split in SPLITS}
+    assert made == {*splits, "prepared/train"}
 
 
 @pytest.mark.parametrize("page", [*PAGES, "README.md", "CONTRIBUTING.md"], ids=str)

@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 import cfjax
-from cfjax import build, checkpoints, sharding
+from cfjax import autoencoder_files, build, checkpoints, sharding
 from cfjax.config_loading import config_to_json
 from cfjax.data.image_files import read_images
 from cfjax.data.sources import MnistSource
@@ -141,6 +141,39 @@ def test_train_steps_are_the_same_on_two_processes(on_one_device, workdir):
     overrides = mesh_overrides(TWO_PROCESSES_MESH)
     run(TWO_PROCESSES, "train", *tiny.flags(**overrides), f"--workdir={workdir}")
     assert_same_training(workdir, on_one_device)
+
+
+@pytest.fixture(scope="module")
+def autoencoder_on_one_device(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("autoencoder")
+    run(ONE_DEVICE, "train_autoencoder", *autoencoder_flags(), f"--workdir={workdir}")
+    return workdir
+
+
+def autoencoder_flags():
+    return tiny.autoencoder_flags(optimizer__eps=1e-3, train__log_every=1, train__sample_every=3)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("place", [(1, 8), TWO_PROCESSES])
+def test_autoencoders_are_the_same_everywhere(autoencoder_on_one_device, tmp_path, place):
+    run(place, "train_autoencoder", *autoencoder_flags(), f"--workdir={tmp_path}")
+    metrics = [read_metrics(folder) for folder in (tmp_path, autoencoder_on_one_device)]
+    assert [line["train_step"] for line in metrics[1]] == [1, 2, 3, 4, 5, 6]
+    for line, other in zip(*metrics, strict=True):
+        for name in ("loss", "gradient_norm", "reconstruction", "kl", "psnr"):
+            np.testing.assert_allclose(line[name], other[name], rtol=1e-4, err_msg=name)
+    reports = [
+        json.loads((folder / "autoencoder/training.json").read_text())
+        for folder in (tmp_path, autoencoder_on_one_device)
+    ]
+    for name in ("psnr", "latent_std"):
+        np.testing.assert_allclose(reports[0][name], reports[1][name], rtol=1e-4)
+    ours, expected = (
+        autoencoder_files.load(folder / "autoencoder")
+        for folder in (tmp_path, autoencoder_on_one_device)
+    )
+    assert_alike(ours.params, expected.params)
 
 
 @pytest.fixture(scope="module")

@@ -42,25 +42,19 @@ def settings_of(golden):
 
 
 @functools.cache
-def run(letter):
-    """Loss and gradient norm of each iteration, and the published names of the final state."""
+def gradients_of(letter):
+    """A compiled function of parameters and an iteration's number: its loss and their gradients."""
     golden, module = load(f"model{letter}_optim"), model(letter)
-    settings, ema_decay = settings_of(golden)
-    optimizer = make_optimizer(settings)
     published = objective.Objective(Factorization("decayed"), make_noise_schedule("linear"))
 
     @jax.jit
-    def train_step(state, tokens, drawn):
+    def compiled(params, tokens, drawn):
         def loss_fn(params):
             return objective.loss(published, module, params, tokens, drawn).loss
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        state = train_state.apply_gradients(state, grads, optimizer, ema_decay)
-        return state, loss, optax.tree.norm(grads)
+        return jax.value_and_grad(loss_fn)(params)
 
-    state = train_state.create(jax.tree.map(jax.numpy.asarray, params(letter)), optimizer)
-    losses, norms = [], []
-    for i in range(4):
+    def loss_and_gradients(params, i):
         order = golden["ids_shuffle"][i]
         drawn = objective.Corruption(
             np.where(golden["drop_mask"][i], module.null_class, golden["y"][i]),
@@ -68,11 +62,56 @@ def run(letter):
             golden["t"][i][:, None, None],
             in_order(to_tokens(letter, golden["noise"][i]), order)[:, None],
         )
-        state, loss, norm = train_step(state, to_tokens(letter, golden["x"][i]), drawn)
+        return compiled(params, to_tokens(letter, golden["x"][i]), drawn)
+
+    return loss_and_gradients
+
+
+def iterate(letter, state, iterations):
+    """The state after these of our iterations, and loss and gradient norm of each."""
+    settings, ema_decay = settings_of(load(f"model{letter}_optim"))
+    optimizer = make_optimizer(settings)
+
+    @jax.jit
+    def update(state, grads):
+        new_state = train_state.apply_gradients(state, grads, optimizer, ema_decay)
+        return new_state, optax.tree.norm(grads)
+
+    losses, norms = [], []
+    for i in iterations:
+        loss, grads = gradients_of(letter)(state.params, i)
+        state, norm = update(state, grads)
         losses.append(float(loss))
         norms.append(float(norm))
-    final, ema = (params_to_published(p, module.grid) for p in (state.params, state.ema_params))
-    return losses, norms, final, ema
+    return state, losses, norms
+
+
+@functools.cache
+def run(letter):
+    """Loss and gradient norm of each iteration, and the published names of the final state."""
+    optimizer = make_optimizer(settings_of(load(f"model{letter}_optim"))[0])
+    state = train_state.create(jax.tree.map(jax.numpy.asarray, params(letter)), optimizer)
+    state, losses, norms = iterate(letter, state, range(4))
+    return losses, norms, *published_ends(letter, state)
+
+
+def published_ends(letter, state):
+    """Parameters and their average by published name."""
+    grid = model(letter).grid
+    return params_to_published(state.params, grid), params_to_published(state.ema_params, grid)
+
+
+def assert_published_ends(letter, final, ema):
+    """Asserts that these are what four published iterations end with."""
+    golden = load(f"model{letter}_optim")
+    compared = [key.removeprefix("after/") for key in golden if key.startswith("after/")]
+    assert len(compared) >= 9
+    for name in compared:
+        # Float32 rounding of parameters of order 1; four updates moved them by up to 2.5e-3.
+        for ours, key in ((final, "after"), (ema, "ema")):
+            np.testing.assert_allclose(
+                ours[name], golden[f"{key}/{name}"], rtol=0, atol=2e-6, err_msg=f"{key}/{name}"
+            )
 
 
 @pytest.mark.parametrize("letter", MODELS)
@@ -92,14 +131,7 @@ def test_losses_and_gradient_norms(letter):
 @pytest.mark.parametrize("letter", MODELS)
 def test_parameters_and_ema(letter):
     golden, (_, _, final, ema) = load(f"model{letter}_optim"), run(letter)
-    compared = [key.removeprefix("after/") for key in golden if key.startswith("after/")]
-    assert len(compared) >= 9
-    for name in compared:
-        # Float32 rounding of parameters of order 1; four updates moved them by up to 2.5e-3.
-        for ours, key in ((final, "after"), (ema, "ema")):
-            np.testing.assert_allclose(
-                ours[name], golden[f"{key}/{name}"], rtol=0, atol=2e-6, err_msg=f"{key}/{name}"
-            )
+    assert_published_ends(letter, final, ema)
     moved = {key.removeprefix("deltanorm/") for key in golden if key.startswith("deltanorm/")}
     assert moved == set(final)
     for name in moved:

@@ -12,7 +12,9 @@ REPOSITORY = Path(__file__).parent.parent
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
 PROGRAMS = [
-    *("train", "train_progress", "sample", "evaluate", "draw"),
+    *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
+    *("sample", "evaluate", "draw", "prepare_images"),
+    *("encode", "encode_verify"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
 ]
 ROOMS = {
@@ -20,43 +22,56 @@ ROOMS = {
         [
             *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
             *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
-            *("preemption", "processes"),
+            *("preemption", "processes", "tensor_files"),
         ],
         [],
     ),
     "models": (["models", "flops"], [GROUND]),
     "compiler": (["tpu_topology", "collectives", "compiled_report"], [GROUND, "models"]),
-    "objective": (["objective"], [GROUND, "models"]),
+    "objective": (["objective", "autoencoder_objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (["sampling"], [GROUND, "models"]),
-    "convert": (["convert"], [GROUND, "models"]),
-    "storage": (["train_state", "checkpoints"], [GROUND]),
+    "autoencoder files": (
+        ["autoencoder_files", "lpips_files", "mesh_autoencoder", "latent_encoder"],
+        [GROUND, "models"],
+    ),
+    "storage": (["train_state", "checkpoints", "checkpoint_weights"], [GROUND]),
     "metric log": (["metric_log", "metric_files"], [GROUND]),
     "data": (["data"], [GROUND]),
     "evaluation": (["evaluation"], [GROUND, "models", "data"]),
     "pictures": (["visualization"], [GROUND]),
     "config": (["config_loading", "program"], [GROUND]),
     "train step": (
-        ["train_step"],
+        ["train_step", "autoencoder_train_step"],
         [GROUND, "models", "objective", "storage"],
     ),
     "build": (
-        ["build"],
+        ["build", "build_data"],
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
-            "data",
+            *("data", "autoencoder files"),
         ],
     ),
     "sampler": (
         ["sampler"],
-        [GROUND, "models", "sampling", "storage", "data", "config", "build"],
+        [
+            *(GROUND, "models", "sampling", "storage", "data", "config", "build"),
+            "autoencoder files",
+        ],
     ),
     "package": ([""], ["sampler"]),
+    "convert": (
+        ["convert"],  # its program too
+        [
+            *(GROUND, "models", "optimizer", "autoencoder files", "storage", "config", "build"),
+            "package",
+        ],
+    ),
     "programs": (
         PROGRAMS,
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
-            *("metric log", "compiler"),
+            *("metric log", "compiler", "autoencoder files"),
             *("data", "evaluation", "pictures", "config", "build", "sampler", "package"),
         ],
     ),
@@ -68,16 +83,29 @@ LIBRARIES = {
     "jax": None,
     "absl": None,
     "tqdm": None,
-    "flax": ["sharding", "train_state", "models", "convert", "evaluation"],
-    "optax": ["optimizer", "train_state", "train_step", "build", "evaluation", *PROGRAMS],
+    "flax": [
+        *("sharding", "train_state", "models", "autoencoder_files", "lpips_files"),
+        *("convert", "evaluation"),
+    ],
+    "optax": [
+        *("optimizer", "train_state", "train_step", "autoencoder_train_step"),
+        *("build", "evaluation", *PROGRAMS),
+    ],
     "etils": [
         *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
-        *("checkpoints", "metric_log", "metric_files"),
+        *("checkpoints", "checkpoint_weights", "metric_log", "metric_files"),
     ],
-    "orbax": ["checkpoints", "processes"],
-    "ml_collections": ["config_loading", "build", "sampler", *PROGRAMS],
+    "orbax": ["checkpoints", "checkpoint_weights", "processes"],
+    "ml_collections": [
+        *("config_loading", "build", "build_data", "sampler"),
+        *("convert.__main__", "convert.new_run"),
+        *PROGRAMS,
+    ],
     "tensorboardX": ["metric_log", "metric_files"],
     "grain": ["data"],
+    "array_record": ["data"],
+    "ml_dtypes": ["data.latents"],
+    "tensorflow_datasets": ["data.tfds_images"],
     "PIL": ["data"],
     "clu": PROGRAMS,
     "matplotlib": ["visualization"],

@@ -182,7 +182,7 @@ BAD_VALUES = [
     ({"data__num_classes": 7}, "data.num_classes is 7, but the data have 10 classes"),
     ({"data__size": 35}, "does not fit the digits"),
     ({"data__name": "cifar"}, "unknown data.name 'cifar'"),
-    ({"data__name": "latents"}, "no reader"),
+    ({"data__name": "latents"}, "autoencoder.path is empty"),
     ({"data__name": "image_folder", "data__path": "nowhere"}, "no image folder 'nowhere'"),
     ({"sampling__denoising_steps": "many"}, "respacing 'many' is not understood"),
     ({"optimizer__schedule": "cosine", "optimizer__warmup_steps": 9}, "warmup_steps is 9"),

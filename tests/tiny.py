@@ -1,4 +1,4 @@
-"""A tiny run on the embedded digits, for tests of whole programs: 16 tokens of 7x7 pixels."""
+"""Tiny runs on the embedded digits, for tests of whole programs: 16 tokens of 7x7 pixels."""
 
 import functools
 from pathlib import Path
@@ -39,9 +39,37 @@ def config(**overrides):
 
 def flags(**overrides):
     """The same as command-line flags."""
+    return _as_flags("mnist.py", OVERRIDES, overrides)
+
+
+def _as_flags(name, values, overrides):
+    values = values | {name.replace("__", "."): value for name, value in overrides.items()}
+    return [f"--config={CONFIGS / name}"] + [f"--config.{k}={v}" for k, v in values.items()]
+
+
+AUTOENCODER_OVERRIDES = {
+    "autoencoder.channels": 4,
+    "autoencoder.channel_multipliers": (1, 2),
+    "autoencoder.latent_channels": 2,
+    "autoencoder.num_groups": 2,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 2,
+    "train.global_batch_size": 16,
+    "train.num_train_steps": NUM_TRAIN_STEPS,
+    "train.log_every": 2,
+    "train.checkpoint_every": 3,
+}
+
+
+def autoencoder_config(**overrides):
+    """Like `config`, of an autoencoder: 14x14 latents of 2 channels."""
     dotted = {name.replace("__", "."): value for name, value in overrides.items()}
-    values = OVERRIDES | dotted
-    return [f"--config={CONFIGS / 'mnist.py'}"] + [f"--config.{k}={v}" for k, v in values.items()]
+    return load_config(str(CONFIGS / "mnist_autoencoder.py"), AUTOENCODER_OVERRIDES | dotted)
+
+
+def autoencoder_flags(**overrides):
+    """The same as command-line flags."""
+    return _as_flags("mnist_autoencoder.py", AUTOENCODER_OVERRIDES, overrides)
 
 
 def random_params(model):

@@ -4,19 +4,22 @@ Published linear weights are (outputs, inputs); ours are (inputs, outputs), with
 their own and the layers stacked on the first axis.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
 import jax
 import numpy as np
 
+from cfjax.convert.report import check_names_and_shapes
 from cfjax.errors import UserError
 from cfjax.models.layers import sincos_positions
 
+MEND = "check the model size, grid, condition tokens and number of classes."
 POSITION_TABLE = "pos_embed"
 LAYER = "blocks.{}."
-# Published name, our path. Layer names stand once, for every layer.
+# Published name, our path; in the order of the published model's parameters, in which the layers
+# come before its last ones. Layer names stand once, for every layer.
 NAMES = {
     POSITION_TABLE: "token_positions",
     "cond_pos_embed": "condition_positions",
@@ -36,12 +39,12 @@ LAYER_NAMES = {
     "norm1.weight": "blocks/norm1/scale",
     "norm1.bias": "blocks/norm1/bias",
     "attn.qkv.weight": "blocks/attn/qkv/kernel",
+    "attn.proj.weight": "blocks/attn/proj/kernel",
+    "attn.proj.bias": "blocks/attn/proj/bias",
     "attn.q_norm.weight": "blocks/attn/q_norm/scale",
     "attn.q_norm.bias": "blocks/attn/q_norm/bias",
     "attn.k_norm.weight": "blocks/attn/k_norm/scale",
     "attn.k_norm.bias": "blocks/attn/k_norm/bias",
-    "attn.proj.weight": "blocks/attn/proj/kernel",
-    "attn.proj.bias": "blocks/attn/proj/bias",
     "norm2.weight": "blocks/norm2/scale",
     "norm2.bias": "blocks/norm2/bias",
     "mlp.fc1.weight": "blocks/mlp/fc1/kernel",
@@ -70,16 +73,24 @@ def params_from_published(
     """
     flat = flax.traverse_util.flatten_dict(_unboxed(params_shape), sep="/")
     expected = published_shapes(params_shape, grid)
-    _check_names_and_shapes(published, expected)
+    shapes = {name: tuple(array.shape) for name, array in published.items()}
+    check_names_and_shapes(shapes, expected, MEND)
     if "token_positions" not in flat:
-        _check_frozen_positions(published[POSITION_TABLE], grid)
-    result = {}
-    for path, shape in flat.items():
-        names = _published_names(path, shape.shape[0])
-        arrays = [_to_ours(name, np.asarray(published[name])) for name in names]
-        array = np.stack(arrays) if path.startswith("blocks/") else arrays[0]
-        result[path] = array.reshape(shape.shape).astype(shape.dtype)
-    return flax.traverse_util.unflatten_dict(result, sep="/")
+        check_frozen_positions(published[POSITION_TABLE], grid)
+    return flax.traverse_util.unflatten_dict(dict(leaves_from_published(published, flat)), sep="/")
+
+
+def leaves_from_published(
+    published: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields path and array of each of our parameters; `leaves` have their shapes and dtypes."""
+    for path, leaf in leaves.items():
+        array = np.empty(leaf.shape, leaf.dtype)
+        # Filled in place, as a list of layers would be in memory besides their stack.
+        layers = array if path.startswith("blocks/") else [array]
+        for name, layer in zip(published_names(path, leaf.shape[0]), layers, strict=True):
+            layer[...] = _to_ours(name, np.asarray(published[name])).reshape(layer.shape)
+        yield path, array
 
 
 def params_to_published(params: Any, grid: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -88,28 +99,45 @@ def params_to_published(params: Any, grid: tuple[int, int]) -> dict[str, np.ndar
     shapes = published_shapes(params, grid)
     published = {}
     for path, value in flat.items():
-        names = _published_names(path, value.shape[0])
-        arrays = np.asarray(value) if path.startswith("blocks/") else [np.asarray(value)]
-        for name, array in zip(names, arrays, strict=True):
-            published[name] = _to_published(name, array, shapes[name])
+        published |= dict(leaf_to_published(path, np.asarray(value), shapes))
     if POSITION_TABLE not in published:
-        width = flat["condition_positions"].shape[-1]
-        table = sincos_positions(width, grid).astype(np.float32)
-        published[POSITION_TABLE] = table.reshape(shapes[POSITION_TABLE])
+        published[POSITION_TABLE] = frozen_positions(shapes[POSITION_TABLE], grid)
     return published
 
 
+def leaf_to_published(
+    path: str, value: np.ndarray, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields published names and arrays of our parameter `path`; `shapes` are `published_shapes`."""
+    names = published_names(path, value.shape[0])
+    arrays = value if path.startswith("blocks/") else [value]
+    for name, array in zip(names, arrays, strict=True):
+        yield name, _to_published(name, array, shapes[name])
+
+
+def frozen_positions(shape: tuple[int, ...], grid: tuple[int, int]) -> np.ndarray:
+    """The published table of a model that has no parameter for it."""
+    return sincos_positions(shape[-1], grid).astype(np.float32).reshape(shape)
+
+
 def published_shapes(params_shape: Any, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published state dict of our parameters, or of their shapes."""
+    """Names and shapes of the published state dict of our parameters, or of their shapes, in order."""
     flat = flax.traverse_util.flatten_dict(_unboxed(params_shape), sep="/")
     width = flat["condition_positions"].shape[-1]
     shapes = {POSITION_TABLE: (1, grid[0] * grid[1], width)}
     for path, value in flat.items():
         in_layer = path.startswith("blocks/")
         shape = value.shape[1:] if in_layer else value.shape
-        for name in _published_names(path, value.shape[0]):
+        for name in published_names(path, value.shape[0]):
             shapes[name] = _published_shape(name, shape)
-    return shapes
+    depth = flat["blocks/norm1/scale"].shape[0]
+    return {name: shapes[name] for name in _names_in_order(depth)}
+
+
+def _names_in_order(depth: int) -> list[str]:
+    last = [name for name in NAMES if name.startswith("final_layer.")]
+    layers = [LAYER.format(layer) + name for layer in range(depth) for name in LAYER_NAMES]
+    return [*(name for name in NAMES if name not in last), *layers, *last]
 
 
 def _unboxed(params: Any) -> Any:
@@ -120,7 +148,8 @@ def _unboxed(params: Any) -> Any:
     )
 
 
-def _published_names(path: str, depth: int) -> list[str]:
+def published_names(path: str, depth: int) -> list[str]:
+    """Published names of our parameter `path`: one, or one for each of `depth` layers."""
     for name, ours in NAMES.items():
         if ours == path:
             return [name]
@@ -156,24 +185,12 @@ def _to_published(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.nd
     return array.reshape(shape)
 
 
-def _check_names_and_shapes(
-    published: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    problems = [f"missing {name}" for name in expected if name not in published]
-    problems += [f"extra {name}" for name in published if name not in expected]
-    problems += [
-        f"{name} is {tuple(published[name].shape)} but the model's is {shape}"
-        for name, shape in expected.items()
-        if name in published and tuple(published[name].shape) != shape
-    ]
-    if problems:
-        raise UserError(
-            f"the published weights don't fit the model: {'; '.join(problems)}; check the model "
-            "size, grid, condition tokens and number of classes."
-        )
+def check_frozen_positions(table: np.ndarray, grid: tuple[int, int]) -> None:
+    """Refuses a published table `[1, L, D]` other than the sin-cos table.
 
-
-def _check_frozen_positions(table: np.ndarray, grid: tuple[int, int]) -> None:
+    Raises:
+      UserError: they differ by more than another library's rounding.
+    """
     difference = np.abs(table[0] - sincos_positions(table.shape[-1], grid)).max()
     if difference > 1e-5:
         raise UserError(

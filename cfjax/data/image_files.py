@@ -1,6 +1,7 @@
 """Images in files: any kind read, PNG and NPZ written whole or not at all and read back."""
 
 import contextlib
+import io
 import os
 import sys
 import zipfile
@@ -41,16 +42,43 @@ def read_image(
     Raises:
       UserError: the file is missing, broken or no image.
     """
+    return _decode(path, path, channels, only_check)
+
+
+def decode_image(
+    content: bytes, name: str, channels: int | None = None, only_check: bool = False
+) -> Image.Image:
+    """`read_image` of the bytes of a file; `name` is for errors."""
+    if not content:
+        raise UserError(f"the image {name} has zero bytes; remove or mend it.")
+    return _decode(io.BytesIO(content), name, channels, only_check)
+
+
+def check_channels(channels: int) -> None:
+    """Refuses what is neither 1 (grey) nor 3 (RGB).
+
+    Raises:
+      UserError: it is another number.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"data.channels must be 1 (grey) or 3 (RGB), got {channels}.")
+
+
+def _decode(
+    file: str | PathLike | BinaryIO, name: str | PathLike, channels: int | None, only_check: bool
+) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if only_check:
                 image.draft(None, (1, 1))
-            return _convert(ImageOps.exif_transpose(image), channels)
+            ImageOps.exif_transpose(image, in_place=True)  # else a copy, turned or not
+            image.load()
+            return _convert(image, channels)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise every kind
         reason = "is no image" if isinstance(error, UnidentifiedImageError) else "can't be decoded"
-        raise UserError(f"the image {path} {reason}; remove or mend it.") from error
+        raise UserError(f"the image {name} {reason}; remove or mend it.") from error
 
 
 def _convert(image: Image.Image, channels: int | None) -> Image.Image:
@@ -66,9 +94,8 @@ def _convert(image: Image.Image, channels: int | None) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if channels == 1:
-        return image.convert("L")
-    return image.convert("RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # which copies in any case
 
 
 def map_with_progress(

@@ -1,7 +1,5 @@
 """Your own pictures: a folder with one sub-folder a class."""
 
-import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -9,17 +7,14 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from cfjax.data.image_files import map_with_progress, read_image
+from cfjax.data.image_files import check_channels, map_with_progress, read_image
+from cfjax.data.image_listing import EXTENSIONS, class_folders, files_of_class, fingerprint
 from cfjax.data.images import center_crop
-from cfjax.errors import UserError, check_choice
+from cfjax.data.records import ON_CORRUPT
+from cfjax.data.splits import held_out
+from cfjax.errors import UserError, check_choice, listed
 
-# Other files, and those whose name starts with a dot, are passed over.
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-ON_CORRUPT = ("refuse", "skip")
-CHANNELS = (1, 3)
-HELD_OUT_SHARE = 0.1
 _MAX_BYTES_IN_MEMORY = 2**30
-_MAX_NAMED = 5  # of broken files in an error
 
 
 class ImageFolderSource:
@@ -51,12 +46,11 @@ class ImageFolderSource:
           UserError: no folder, class or image is there, or a file is broken and to be refused.
         """
         check_choice("data.on_corrupt", on_corrupt, ON_CORRUPT)
-        if channels not in CHANNELS:
-            raise UserError(f"data.channels must be 1 (grey) or 3 (RGB), got {channels}.")
+        check_channels(channels)
         root = Path(path).expanduser()
         if not str(path) or not root.is_dir():
             raise UserError(f"there is no image folder {str(path)!r}; set data.path to one.")
-        folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+        folders = class_folders(root)
         if not folders:
             raise UserError(
                 f"the image folder {root} has no sub-folders; put the images of each class into a"
@@ -65,7 +59,7 @@ class ImageFolderSource:
         self.class_names = tuple(folder.name for folder in folders)
         self.image_shape = (size, size, channels)
 
-        listed = [(file, label) for label, f in enumerate(folders) for file in _image_files(f)]
+        listed = [(file, label) for label, f in enumerate(folders) for file in files_of_class(f)]
         images, broken = self._verify(root, [file for file, _ in listed])
         if broken and on_corrupt == "refuse":
             raise UserError(
@@ -76,6 +70,11 @@ class ImageFolderSource:
             logging.warning("skipped: %s", reason)
         if broken:
             logging.warning("skipped %d of %d images in %s", len(broken), len(listed), root)
+        left_out = sorted(broken.items()) if split == "train" else ()  # they count once
+        self.left_out = tuple(
+            {"name": file.relative_to(root).as_posix(), "reason": str(reason)}
+            for file, reason in left_out
+        )
         usable = [(file, label) for file, label in listed if file not in broken]
         for label, folder in enumerate(folders):
             if not any(of == label for _, of in usable):
@@ -83,7 +82,8 @@ class ImageFolderSource:
                     f"the class folder {folder} has no usable image ({', '.join(EXTENSIONS)}); add"
                     " some or remove the folder."
                 )
-        is_held_out = _held_out(root, usable)
+        names = [file.relative_to(root).as_posix() for file, _ in usable]
+        is_held_out = held_out(names, [label for _, label in usable])
         chosen = [
             pair
             for pair, held in zip(usable, is_held_out, strict=True)
@@ -93,20 +93,26 @@ class ImageFolderSource:
             raise UserError(
                 f"the image folder {root} has too few images for a split {split!r}; add some."
             )
-        self._files = [file for file, _ in chosen]
+        self._root, self._files = root, [file for file, _ in chosen]
         self.labels = np.array([label for _, label in chosen], np.int32)
         self._images = None if images is None else np.stack([images[file] for file in self._files])
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self.images_at([index])[0], "label": int(self.labels[index])}
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(
+            (file.relative_to(self._root).as_posix(), self.class_names[label], file.stat().st_size)
+            for file, label in zip(self._files, self.labels, strict=True)
+        )
 
-    def images_at(self, indices: Sequence[int]) -> np.ndarray:
+    def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         if self._images is not None:
-            return self._images[indices]
-        return np.stack([self._decode(self._files[index]) for index in indices])
+            images = self._images[indices]
+        else:
+            images = np.stack([self._decode(self._files[index]) for index in indices])
+        return {"image": images, "label": self.labels[indices]}
 
     def _decode(self, path: Path) -> np.ndarray:
         size, _, channels = self.image_shape
@@ -134,43 +140,7 @@ class ImageFolderSource:
         return (results if keep else None), broken
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-
-
 def _named(paths: Iterable[Path]) -> str:
     names = [str(path) for path in sorted(paths)]
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
     noun = "image file" if len(names) == 1 else "image files"
-    return f"{len(names)} {noun} ({', '.join(names[:_MAX_NAMED])}{more})"
-
-
-def _held_out(root: Path, usable: list[tuple[Path, int]]) -> np.ndarray:
-    """Which files are held out, bool `[N]`: those whose hash lies in the lowest tenth.
-
-    The hash of a file alone decides, not its rank, so that adding files moves no other file. The
-    exceptions are for small folders: each class keeps the file of its largest hash for training,
-    and if no file is held out, the one of the smallest hash in a class that has others is.
-    """
-    hashes = np.array([_hash(file.relative_to(root)) for file, _ in usable])
-    labels = np.array([label for _, label in usable])
-    held_out = hashes < HELD_OUT_SHARE
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        held_out[members[np.argmax(hashes[members])]] = False
-    has_others = np.flatnonzero(np.bincount(labels)[labels] > 1)
-    if not held_out.any() and len(has_others):
-        held_out[has_others[np.argmin(hashes[has_others])]] = True
-    return held_out
-
-
-def _hash(path: Path) -> float:
-    """Uniform in 0...1. A CRC would not do: it is far from uniform over numbered names."""
-    digest = hashlib.sha256(os.fsencode(path.as_posix())).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return f"{len(names)} {noun} ({listed(names)})"

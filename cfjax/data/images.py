@@ -6,7 +6,10 @@ from PIL import Image
 
 def to_model_range(images: np.ndarray) -> np.ndarray:
     """uint8 0...255 to float32 -1...1."""
-    return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+    scaled = images.astype(np.float32)
+    scaled /= np.float32(127.5)  # in place: a batch takes its memory once
+    scaled -= np.float32(1.0)
+    return scaled
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

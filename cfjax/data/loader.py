@@ -6,8 +6,8 @@ was interrupted, changes nothing.
 """
 
 import zlib
-from collections.abc import Iterator
-from typing import Self
+from collections.abc import Callable, Iterator
+from typing import Self, TypeVar
 
 import grain
 import numpy as np
@@ -19,11 +19,14 @@ from cfjax.errors import UserError
 _PREFETCHED_BATCHES = 4
 _ENDLESS = 2**60
 
+_Batch = TypeVar("_Batch")
+
 
 class TrainLoader:
     """Iterator of batches; a context manager that ends its threads.
 
-    Each batch is `{"image": float32 [rows, H, W, C] in [-1, 1], "label": int32 [rows]}`.
+    Each batch is `{"image": float32 [rows, H, W, C] in [-1, 1], "label": int32 [rows]}`; of latents,
+    instead of images, `"moments": float32 [rows, H, W, 2 C]`.
     """
 
     def __init__(
@@ -53,8 +56,6 @@ class TrainLoader:
         Raises:
           UserError: `num_threads` is negative.
         """
-        if num_threads < 0:
-            raise UserError(f"data.num_threads must be at least 0, got {num_threads}.")
         seed %= 2**64
         stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         _ = stream[0]  # grain sets itself up at the first access, which threads must not share
@@ -62,16 +63,10 @@ class TrainLoader:
         def read(batch: int) -> dict[str, np.ndarray]:
             positions = examples_seen + batch * global_batch_size + rows
             indices = np.array([stream[position] for position in positions.tolist()])
-            images = source.images_at(indices)
-            if horizontal_flip:
-                flip = _is_flipped(seed, positions)
-                images[flip] = images[flip, :, ::-1]
-            return {"image": to_model_range(images), "label": source.labels[indices]}
+            flip = _is_flipped(seed, positions) if horizontal_flip else np.zeros(len(rows), bool)
+            return _as_trained_on(source.examples_at(indices), flip)
 
-        options = grain.ReadOptions(
-            num_threads=num_threads, prefetch_buffer_size=max(_PREFETCHED_BATCHES, num_threads)
-        )
-        self._batches = iter(grain.MapDataset.range(_ENDLESS).map(read).to_iter_dataset(options))
+        self._batches = read_ahead(read, _ENDLESS, num_threads)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -89,6 +84,36 @@ class TrainLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_ahead(
+    read: Callable[[int], _Batch], count: int, num_threads: int
+) -> grain.DatasetIterator[_Batch]:
+    """The batches `read(0)`, `read(1)` and so on, in order; its `close()` ends the threads.
+
+    Args:
+      read: from several threads, each another batch.
+      count: of the batches.
+      num_threads: that read ahead; with 0, a batch is read when it is asked for.
+
+    Raises:
+      UserError: `num_threads` is negative.
+    """
+    if num_threads < 0:
+        raise UserError(f"data.num_threads must be at least 0, got {num_threads}.")
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=max(_PREFETCHED_BATCHES, num_threads)
+    )
+    return iter(grain.MapDataset.range(count).map(read).to_iter_dataset(options))
+
+
+def _as_trained_on(examples: dict[str, np.ndarray], flip: np.ndarray) -> dict[str, np.ndarray]:
+    if "moments" in examples:
+        moments = examples["moments"][np.arange(len(flip)), flip.astype(int)]
+        return {"moments": moments.astype(np.float32), "label": examples["label"]}
+    images = examples["image"]
+    images[flip] = images[flip, :, ::-1]
+    return {"image": to_model_range(images), "label": examples["label"]}
 
 
 def _is_flipped(seed: int, positions: np.ndarray) -> np.ndarray:

@@ -1,0 +1,148 @@
+"""Images that TFDS prepared as array_record, such as ImageNet; read without TensorFlow."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from cfjax.data.image_files import check_channels, decode_image
+from cfjax.data.images import center_crop
+from cfjax.data.records import RecordReader, Shard
+from cfjax.data.splits import HELD_OUT_SHARE
+from cfjax.errors import UserError
+from cfjax.paths import absolute
+
+
+class TfdsSource:
+    """The images of a TFDS set for image classification, centre-cropped.
+
+    "held_out" is the split `validation` of the set, or else `test`, or else the last tenth of
+    `train`. See `cfjax.data.sources.Source`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str | PathLike,
+        split: str,
+        size: int,
+        channels: int,
+        on_corrupt: str = "refuse",
+        replaces: bool = True,
+    ):
+        """Opens all shards.
+
+        Args:
+          name: of the set, as TFDS calls it: "imagenet2012", "NAME/CONFIG:VERSION".
+          path: TFDS's data_dir, in which it lies.
+          split: "train" or "held_out".
+          size: height and width after the crop.
+          channels: 1 (grey) or 3 (RGB).
+          on_corrupt: "refuse" a damaged shard or image, or "skip" it and name it in the log.
+          replaces: see `cfjax.data.records.RecordReader`.
+
+        Raises:
+          UserError: the set is unknown, not prepared, prepared in a format without random access,
+            damaged, or not one of labelled images.
+        """
+        import tensorflow_datasets as tfds  # takes a while
+
+        check_channels(channels)
+        if not name or not str(path):
+            raise UserError(
+                "data.name 'tfds' needs data.tfds_name, such as imagenet2012, and data.path, the"
+                " data_dir in which TFDS prepared it."
+            )
+        builder = _builder(tfds, name, path)
+        _require_array_record(tfds, builder, name, path)
+        self._features = builder.info.features
+        self._image_key = self._only_feature(tfds.features.Image, name)
+        self._label_key = self._only_feature(tfds.features.ClassLabel, name)
+        self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
+        self.class_names = tuple(self._features[self._label_key].names)
+        self.image_shape = (size, size, channels)
+        instructions = builder.info.splits[_tfds_split(builder, split)].file_instructions
+        shards = [Shard(it.filename, it.examples_in_shard, it.skip, it.take) for it in instructions]
+        mend = "copy it anew or prepare the set again"
+        self._reader = RecordReader(shards, on_corrupt, mend, replaces)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    @property
+    def left_out(self) -> tuple[dict[str, str], ...]:
+        return self._reader.left_out
+
+    @property
+    def fingerprint(self) -> str:
+        return self._reader.fingerprint
+
+    def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        decoded = self._reader.decoded_at(indices, self._decode)
+        return {
+            "image": np.stack([image for image, _ in decoded]),
+            "label": np.array([label for _, label in decoded], np.int32),
+        }
+
+    def _only_feature(self, kind: type, name: str) -> str:
+        keys = [key for key, feature in self._features.items() if type(feature) is kind]
+        if len(keys) != 1:
+            raise UserError(
+                f"the TFDS set {name!r} has {len(keys)} features of the kind {kind.__name__}, but"
+                " must have one; choose a set for image classification."
+            )
+        return keys[0]
+
+    def _decode(self, record: bytes) -> tuple[np.ndarray, int]:
+        example = self._features.deserialize_example_np(record, decoders=self._decoders)
+        size, _, channels = self.image_shape
+        name = str(example.get("file_name", "of a TFDS record"))
+        image = decode_image(example[self._image_key], name, channels)
+        return center_crop(image, size).reshape(self.image_shape), example[self._label_key]
+
+
+def _builder(tfds: Any, name: str, path: str | PathLike) -> Any:
+    place = absolute(path)
+    if not place.exists():
+        raise UserError(f"there is no folder {place}; set data.path to the data_dir of TFDS.")
+    try:
+        return tfds.builder(name, data_dir=place)
+    except (ValueError, TypeError, AssertionError, RuntimeError, OSError) as error:
+        first_line = str(error).split("\n")[0]
+        raise UserError(
+            f"TFDS has no set {name!r}, neither among those that it knows nor in {place}"
+            f" ({first_line}); set data.tfds_name to one."
+        ) from error
+
+
+def _require_array_record(tfds: Any, builder: Any, name: str, path: str | PathLike) -> None:
+    """Refuses a set that is not prepared, or in a format without random access."""
+    info = builder.info
+    if not info.splits:
+        raise UserError(
+            f"the TFDS set {name!r} is not prepared in {path}; run 'tfds build {name}"
+            f" --file_format=array_record --data_dir={path}'."
+        )
+    array_record = tfds.core.FileFormat.ARRAY_RECORD
+    if array_record not in info.available_file_formats():
+        raise UserError(
+            f"the TFDS set {name!r} is prepared as {info.file_format.value}, which has no random"
+            " access; run 'tfds convert_format --out_file_format=array_record"
+            f" --dataset_version_dir={builder.data_dir}', which needs TensorFlow."
+        )
+    if info.file_format != array_record:
+        info.set_file_format(array_record, override=True, override_if_initialized=True)
+
+
+def _tfds_split(builder: Any, split: str) -> str:
+    splits = builder.info.splits
+    others = [name for name in ("validation", "test") if name in splits]
+    if "train" not in splits:
+        raise UserError(
+            f"the TFDS set {builder.info.name!r} has no split 'train'; choose another set."
+        )
+    if others:
+        return "train" if split == "train" else others[0]
+    percent = round(100 * (1 - HELD_OUT_SHARE))
+    return f"train[:{percent}%]" if split == "train" else f"train[{percent}%:]"
