@@ -168,6 +168,14 @@ def test_larger_images_interpolate_the_position_table(tmp_path):
     assert_close_to_max(back["model"]["pos_embed"].numpy(), resized_by_torch(table, 8, 16), 1e-6)
 
 
+def test_position_tables_of_two_grids_are_refused(tmp_path):
+    document = checkpoint_of("A")
+    document["model"]["pos_embed"] = torch.zeros(1, 16, 64)
+    source = save(tmp_path / "published.pt", document)
+    with pytest.raises(UserError, match="have pos_embed for 4x4 and 8x8 tokens"):
+        convert(source, tmp_path / "run", "--from=published")
+
+
 def resized_by_torch(table, side, new_side):
     """A table `[1, side**2, D]` as `[1, new_side**2, D]`."""
     images = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)

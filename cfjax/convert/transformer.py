@@ -94,6 +94,7 @@ def _check_weights(
     published: Published, model: CausalFusion, expected: Mapping[str, tuple[int, ...]]
 ) -> tuple[int, int]:
     """The grid of the published weights, which must fit the model but for that."""
+    grids = set()
     for state_dict in published.sections.values():
         shapes = state_dict.shapes()
         table, grid = shapes.get(POSITION_TABLE), model.grid
@@ -103,7 +104,14 @@ def _check_weights(
         check_names_and_shapes(shapes, expected, causal_fusion.MEND)
         if model.position_embedding != "learned":
             causal_fusion.check_frozen_positions(state_dict[POSITION_TABLE], grid)
-    return grid
+        grids.add(grid)
+    if len(grids) > 1:
+        found = " and ".join(f"{rows}x{columns}" for rows, columns in sorted(grids))
+        raise UserError(
+            f"model and ema of the published file have {POSITION_TABLE} for {found} tokens; pass a"
+            " file in which both are of one grid."
+        )
+    return grids.pop()
 
 
 def _check_trained(model: CausalFusion, adam: AdamState) -> None:
