@@ -154,6 +154,7 @@ def autoencoder_flags():
     return tiny.autoencoder_flags(optimizer__eps=1e-3, train__log_every=1, train__sample_every=3)
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("place", [(1, 8), TWO_PROCESSES])
 def test_autoencoders_are_the_same_everywhere(autoencoder_on_one_device, tmp_path, place):

@@ -175,7 +175,7 @@ def test_from_pictures_to_samples(place):
     assert np.abs(images[0].astype(int) - images[1]).mean() < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_encoding_in_training_from_the_shell(place):
     """The other choice, with the same model and no set of latents; then scores."""
     overrides = DATA | LATENTS | {"autoencoder.path": place / "vae" / "autoencoder"}

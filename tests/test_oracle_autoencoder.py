@@ -111,12 +111,12 @@ def test_ours_to_theirs(tmp_path, layout):
     assert_same(theirs, autoencoder_files.load(tmp_path / "ours"), (8, 12))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stable_diffusions_own_size(tmp_path):
     assert check_both_ways(tmp_path, STABLE_DIFFUSION, (64, 64)) == AutoencoderKL(**KL8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mars_own_size_has_the_names_that_diffusers_gives_it(tmp_path):
     """MAR's autoencoder is none of diffusers', but of the same parts."""
     config = STABLE_DIFFUSION | {

@@ -103,7 +103,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(uninterrupted, tmp_path):
     assert files_of(tmp_path / "autoencoder") == files_of(uninterrupted[0] / "autoencoder")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_ends_with_the_same_bits(uninterrupted, tmp_path):
     flags = tiny.autoencoder_flags(train__checkpoint_every=1)
     command = [sys.executable, "-m", "cfjax.train_autoencoder", *flags, f"--workdir={tmp_path}"]
@@ -185,7 +185,7 @@ def test_bad_values_are_refused(overrides, words, tmp_path):
     assert not (tmp_path / "run" / "autoencoder").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trains_with_a_perceptual_loss(tmp_path):
     """With random weights of VGG-16."""
     rng = np.random.default_rng(0)
@@ -209,7 +209,7 @@ def test_trains_with_a_perceptual_loss(tmp_path):
     assert np.abs(np.subtract(*kernels)).max() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trains_on_ones_own_pictures(tmp_path):
     """In colour, of which fewer are held out than a row shows."""
     rng = np.random.default_rng(0)
