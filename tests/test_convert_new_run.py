@@ -67,6 +67,7 @@ def test_frozen_tables_are_computed_anew(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_the_same_size_starts_with_fresh_moments(tmp_path):
     train(tiny.config(), tmp_path / "run")
     other = convert(tmp_path / "run", tmp_path / "other", *tiny.flags(), "--train_step=3")

@@ -238,6 +238,7 @@ def test_broken_images_are_refused_or_counted(folder, tmp_path, stored_as):
     assert {image.tobytes() for image in sources.all_images(expected)[0]} <= ours
 
 
+@pytest.mark.slow
 def test_training_reads_them_as_it_reads_the_folder(tmp_path):
     """Grey images of 28x28 in ten classes, as the tiny run has them."""
     rng = np.random.default_rng(0)
@@ -331,6 +332,7 @@ def test_the_program_prepares_verifies_and_explains(folder, tmp_path):
     assert "41 images of 3 classes in 5 shards, 3 skipped, checksums verified" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_program_ends_its_processes_and_is_resumed(folder, tmp_path):
     for i in range(40):  # large enough to be killed in the midst of
         picture(i, (500, 500)).save(folder / "c" / f"large {i}.jpg", quality=100)

@@ -46,6 +46,7 @@ def files_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_folder_has_the_averaged_parameters(uninterrupted):
     workdir, state = uninterrupted
     loaded = autoencoder_files.load(workdir / "autoencoder")
@@ -57,6 +58,7 @@ def test_the_folder_has_the_averaged_parameters(uninterrupted):
     assert loaded.module == module.clone(scale=1 / report(workdir)["latent_std"])
 
 
+@pytest.mark.slow
 def test_scaled_latents_have_a_variance_of_one(uninterrupted):
     """By other draws than those that were measured."""
     loaded = autoencoder_files.load(uninterrupted[0] / "autoencoder")
@@ -67,6 +69,7 @@ def test_scaled_latents_have_a_variance_of_one(uninterrupted):
     assert abs(np.asarray(latents, np.float64).std() - 1) < 0.005
 
 
+@pytest.mark.slow
 def test_the_stated_psnr_is_of_all_held_out_images(uninterrupted):
     loaded = autoencoder_files.load(uninterrupted[0] / "autoencoder")
     images = to_model_range(MnistSource("held_out").examples_at(np.arange(1000))["image"])
@@ -79,6 +82,7 @@ def test_the_stated_psnr_is_of_all_held_out_images(uninterrupted):
     assert stated["config"]["autoencoder"]["channels"] == 4
 
 
+@pytest.mark.slow
 def test_the_picture_has_originals_above_reconstructions(uninterrupted):
     workdir = uninterrupted[0]
     picture = np.asarray(read_image(workdir / "reconstructions.png"))
@@ -125,6 +129,7 @@ def test_killed_ends_with_the_same_bits(uninterrupted, tmp_path):
     assert (ours[weights], ours[config]) == (expected[weights], expected[config])
 
 
+@pytest.mark.slow
 def test_checkpoints_and_metrics(uninterrupted):
     workdir, state = uninterrupted
     saved, examples_seen = restored(workdir)
@@ -140,6 +145,7 @@ def test_checkpoints_and_metrics(uninterrupted):
         assert line["psnr"] > 0 and line["train_steps_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_folder_is_replaced_whole_or_not_at_all(uninterrupted, tmp_path, monkeypatch):
     loaded = autoencoder_files.load(uninterrupted[0] / "autoencoder")
     folder = tmp_path / "autoencoder"

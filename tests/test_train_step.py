@@ -111,6 +111,7 @@ def test_gradient_dtype_leaves_float32_alone_and_bfloat16_near():
     assert results["float32"] != results["bfloat16"]
 
 
+@pytest.mark.slow
 def test_class_table_is_not_summed_over_devices():
     """Neither table nor gradient crosses devices whole: labels and rows of the batch do."""
     mesh = sharding.make_mesh(data=2, fsdp=4)
@@ -127,6 +128,7 @@ def test_class_table_is_not_summed_over_devices():
     assert not re.search(r"f32\[8,\d+,16\][^=\n]* all-gather\(", text)
 
 
+@pytest.mark.slow
 def test_vectors_and_positions_are_not_gathered():
     """Splitting biases, scales or the position table would double the number of collectives."""
     program = build.train_program(tiny.config(model__width=32), sharding.make_mesh(fsdp=8))
