@@ -146,7 +146,7 @@ def loader_rate(config: ConfigDict, num_batches: int, rounds: int) -> float:
     """
     batch_size = config.train.global_batch_size
     loader = TrainLoader(
-        build_data.source(config, "train"),
+        build_data.source(config, "train", build_data.autoencoder(config)),
         seed=config.seed,
         rows=np.arange(batch_size),
         global_batch_size=batch_size,

@@ -57,22 +57,7 @@ def load(folder: str | PathLike, dtype: Any = jnp.float32) -> Autoencoder:
       UserError: it is missing, damaged, or its weights don't fit its config.
     """
     place = absolute(folder)
-    if not (place / CONFIG_FILE).is_file():
-        raise UserError(
-            f"there is no autoencoder in {folder}; pass a folder that cfjax.convert wrote."
-        )
-    try:
-        config = json.loads((place / CONFIG_FILE).read_text())
-        checksum = config.pop("sha256")
-        fields = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in config.items()
-        }
-        module = AutoencoderKL(**fields, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the config of the autoencoder in {folder} cannot be read ({error}); convert it again."
-        ) from error
+    module, checksum = _read_config(folder, dtype)
     if sha256(place / WEIGHTS_FILE) != checksum:
         raise UserError(
             f"the weights of the autoencoder in {folder} are not those that its config names by"
@@ -85,6 +70,36 @@ def load(folder: str | PathLike, dtype: Any = jnp.float32) -> Autoencoder:
         )
     params = flax.traverse_util.unflatten_dict(dict(file), sep="/")
     return Autoencoder(module, params, checksum)
+
+
+def load_module(folder: str | PathLike) -> AutoencoderKL:
+    """The module alone; its weights are not read.
+
+    Raises:
+      UserError: it is missing, or its config is damaged.
+    """
+    return _read_config(folder, jnp.float32)[0]
+
+
+def _read_config(folder: str | PathLike, dtype: Any) -> tuple[AutoencoderKL, str]:
+    """The module, and the sha256 of its weights."""
+    place = absolute(folder)
+    if not (place / CONFIG_FILE).is_file():
+        raise UserError(
+            f"there is no autoencoder in {folder}; pass a folder that cfjax.convert wrote."
+        )
+    try:
+        config = json.loads((place / CONFIG_FILE).read_text())
+        checksum = config.pop("sha256")
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in config.items()
+        }
+        return AutoencoderKL(**fields, dtype=dtype), checksum
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the config of the autoencoder in {folder} cannot be read ({error}); convert it again."
+        ) from error
 
 
 def save(folder: str | PathLike, module: AutoencoderKL, params: Any) -> str:

@@ -10,6 +10,10 @@ from cfjax.data.sources import Source, open_source
 from cfjax.errors import UserError, check_choice
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_NO_AUTOENCODER = (
+    "autoencoder.path is empty, but the model sees latents; set it to the folder of the autoencoder"
+    " that encoded them."
+)
 
 
 def sees_latents(config: ConfigDict) -> bool:
@@ -28,10 +32,7 @@ def autoencoder(config: ConfigDict) -> Autoencoder | None:
     settings, data = config.autoencoder, config.data
     check_choice("autoencoder.dtype", settings.dtype, DTYPES)
     if not settings.path:
-        raise UserError(
-            "autoencoder.path is empty, but the model sees latents; set it to the folder of the"
-            " autoencoder that encoded them."
-        )
+        raise UserError(_NO_AUTOENCODER)
     loaded = autoencoder_files.load(settings.path, DTYPES[settings.dtype])
     found = loaded.module
     if found.latent_channels != data.channels:
@@ -55,7 +56,12 @@ def latent_scale(config: ConfigDict) -> float | None:
     """
     if not sees_latents(config):
         return None
-    return config.autoencoder.scale or autoencoder(config).module.scale
+    settings = config.autoencoder
+    if settings.scale:
+        return settings.scale
+    if not settings.path:
+        raise UserError(_NO_AUTOENCODER)
+    return autoencoder_files.load_module(settings.path).scale
 
 
 def images(config: ConfigDict, split: str, size: int = 0, channels: int = 0) -> Source:
@@ -77,15 +83,15 @@ def images(config: ConfigDict, split: str, size: int = 0, channels: int = 0) -> 
     )
 
 
-def source(config: ConfigDict, split: str) -> Source:
+def source(config: ConfigDict, split: str, loaded: Autoencoder | None) -> Source:
     """The data that a model is trained on.
 
-    Latents; or images, where an autoencoder is named those that it encodes in training.
+    Latents; or images, where there is an autoencoder those that it encodes in training. `loaded` is
+    what `autoencoder` gives for the config.
 
     Raises:
       UserError: see `open_source`; or latents of another autoencoder.
     """
-    loaded = autoencoder(config)
     if loaded is None:
         return images(config, split)
     module = loaded.module

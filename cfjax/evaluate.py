@@ -142,16 +142,19 @@ def _sources(
     config: ConfigDict, dataset: str | None, module: AutoencoderKL | None
 ) -> tuple[Source, Source]:
     """The real images, training and held-out: those of the config, or of `--dataset`."""
+    size, channels = config.data.size, config.data.channels
+    if module is not None:
+        size, channels = size * module.downsampling, module.image_channels
     if dataset is None:
         if config.data.name == "latents":
             raise UserError(
                 f"the data in {config.data.path} are latents; name the images that were encoded,"
                 " such as --dataset=mnist."
             )
-        return build_data.source(config, "train"), build_data.source(config, "held_out")
-    size, channels = config.data.size, config.data.channels
-    if module is not None:
-        size, channels = size * module.downsampling, module.image_channels
+        train, held_out = (
+            build_data.images(config, split, size, channels) for split in ("train", "held_out")
+        )
+        return train, held_out
     train, held_out = (
         open_dataset(
             dataset,

@@ -29,6 +29,7 @@ from cfjax import (
     sharding,
     train_loop,
 )
+from cfjax.autoencoder_files import Autoencoder
 from cfjax.config_loading import define_config_flag
 from cfjax.data.images import to_uint8
 from cfjax.mesh_autoencoder import MeshAutoencoder
@@ -59,8 +60,9 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     mesh = build.mesh(config)
     train_program = build.train_program(config, mesh)
     build.sampling_settings(config)  # refused now rather than after training
-    source = build_data.source(config, "train")
-    autoencoder = _autoencoder(config, mesh)
+    loaded = build_data.autoencoder(config)
+    source = build_data.source(config, "train", loaded)
+    autoencoder = _on_mesh(loaded, config, mesh)
     if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
         logging.warning(
             "Splash attention is made for TPUs and is interpreted here, very slowly; add"
@@ -83,9 +85,8 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     return train_loop.run(training, config, workdir)
 
 
-def _autoencoder(config: ConfigDict, mesh: Mesh) -> MeshAutoencoder | None:
+def _on_mesh(loaded: Autoencoder | None, config: ConfigDict, mesh: Mesh) -> MeshAutoencoder | None:
     """What encodes images in training or decodes samples, if anything has to."""
-    loaded = build_data.autoencoder(config)
     if loaded is None or (config.data.name == "latents" and not config.train.sample_every):
         return None
     return mesh_autoencoder.put(loaded, mesh)

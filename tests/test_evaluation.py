@@ -216,7 +216,9 @@ def test_score_streams():
 @pytest.fixture
 def small_program(real, monkeypatch, classifier):
     """The program on a quarter of the digits, with the classifier of these tests."""
-    monkeypatch.setattr(evaluate.build_data, "source", lambda _, split: real[split == "held_out"])
+    monkeypatch.setattr(
+        evaluate.build_data, "images", lambda _, split, *__: real[split == "held_out"]
+    )
     monkeypatch.setattr(evaluate, "load_or_train", lambda *_: classifier)
 
     def run(*arguments):

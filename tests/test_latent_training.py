@@ -213,7 +213,8 @@ def test_sets_of_another_autoencoder_are_refused(folder, tmp_path):
     assert other.checksum != build_data.autoencoder(config(folder)).checksum
     wrong = {"autoencoder__path": str(tmp_path / "other")}
     with pytest.raises(UserError, match="autoencoder"):
-        build_data.source(config(folder, data__name="latents", data__path=path, **wrong), "train")
+        changed = config(folder, data__name="latents", data__path=path, **wrong)
+        build_data.source(changed, "train", build_data.autoencoder(changed))
 
 
 def test_an_autoencoder_for_a_model_of_pixels_is_refused(folder, tmp_path):

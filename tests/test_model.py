@@ -1,4 +1,7 @@
-"""The transformer's properties: causality, cached = uncached, variants that must agree, meshes."""
+"""The transformer's properties: causality, cached = uncached, variants that must agree, meshes.
+
+A file of over 400 lines, as all of these share their random parameters and inputs.
+"""
 
 import functools
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cfjax.data.image_files import check_channels, decode_image
 from cfjax.data.images import center_crop
-from cfjax.data.records import RecordReader, read_manifest, shards_of
+from cfjax.data.records import RecordReader, RecordSource, read_manifest, shards_of
 from cfjax.errors import UserError, check_choice
 from cfjax.paths import absolute
 
@@ -84,7 +84,7 @@ def unpack(record: bytes) -> tuple[int, str, memoryview]:
     return label, os.fsdecode(record[_HEADER.size : end]), memoryview(record)[end:]
 
 
-class ArrayRecordSource:
+class ArrayRecordSource(RecordSource):
     """The images of a set that `cfjax.prepare_images` made, centre-cropped.
 
     See `cfjax.data.sources.Source`.
@@ -136,17 +136,6 @@ class ArrayRecordSource:
         self.image_shape = (size, size, channels)
         mend = "delete it and run cfjax.prepare_images again"
         self._reader = RecordReader(shards_of(folder, manifest), on_corrupt, mend, replaces)
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    @property
-    def left_out(self) -> tuple[dict[str, str], ...]:
-        return self._reader.left_out
-
-    @property
-    def fingerprint(self) -> str:
-        return self._reader.fingerprint
 
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         decoded = self._reader.decoded_at(indices, self._decode)

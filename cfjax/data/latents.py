@@ -11,7 +11,7 @@ from os import PathLike
 import ml_dtypes
 import numpy as np
 
-from cfjax.data.records import RecordReader, read_manifest, shards_of
+from cfjax.data.records import RecordReader, RecordSource, read_manifest, shards_of
 from cfjax.errors import UserError, check_choice
 from cfjax.paths import absolute
 
@@ -58,7 +58,7 @@ def unpack(records: Sequence[bytes], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(b"".join(records), dtype)
 
 
-class LatentsSource:
+class LatentsSource(RecordSource):
     """Moments that `cfjax.encode` wrote. See `cfjax.data.sources.Source`.
 
     Attributes:
@@ -105,17 +105,6 @@ class LatentsSource:
         _, self._dtype = DTYPES[self.description["dtype"]]
         mend = "delete it and run cfjax.encode again"
         self._reader = RecordReader(shards_of(folder, manifest), on_corrupt, mend)
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    @property
-    def left_out(self) -> tuple[dict[str, str], ...]:
-        return self._reader.left_out
-
-    @property
-    def fingerprint(self) -> str:
-        return self._reader.fingerprint
 
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         records = unpack(self._reader.records_at(indices), self._stored)

@@ -261,6 +261,23 @@ class RecordReader:
                 logging.warning("skipped, and the next one read instead: %s", error)
 
 
+class RecordSource:
+    """What sources of records share; each sets `_reader`. See `cfjax.data.sources.Source`."""
+
+    _reader: RecordReader
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    @property
+    def left_out(self) -> tuple[dict[str, str], ...]:
+        return self._reader.left_out
+
+    @property
+    def fingerprint(self) -> str:
+        return self._reader.fingerprint
+
+
 def _open(shard: Shard) -> tuple[Any, str]:
     """A reader, or what is wrong with the shard."""
     path = absolute(shard.path)

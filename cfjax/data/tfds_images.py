@@ -8,13 +8,13 @@ import numpy as np
 
 from cfjax.data.image_files import check_channels, decode_image
 from cfjax.data.images import center_crop
-from cfjax.data.records import RecordReader, Shard
+from cfjax.data.records import RecordReader, RecordSource, Shard
 from cfjax.data.splits import HELD_OUT_SHARE
 from cfjax.errors import UserError
 from cfjax.paths import absolute
 
 
-class TfdsSource:
+class TfdsSource(RecordSource):
     """The images of a TFDS set for image classification, centre-cropped.
 
     "held_out" is the split `validation` of the set, or else `test`, or else the last tenth of
@@ -66,17 +66,6 @@ class TfdsSource:
         shards = [Shard(it.filename, it.examples_in_shard, it.skip, it.take) for it in instructions]
         mend = "copy it anew or prepare the set again"
         self._reader = RecordReader(shards, on_corrupt, mend, replaces)
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    @property
-    def left_out(self) -> tuple[dict[str, str], ...]:
-        return self._reader.left_out
-
-    @property
-    def fingerprint(self) -> str:
-        return self._reader.fingerprint
 
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         decoded = self._reader.decoded_at(indices, self._decode)
