@@ -96,7 +96,11 @@ follow() {
   while ((running > 0)); do
     code=0
     wait -n -p ended 2>/dev/null || code=$?  # it would say who was killed
-    [ -n "${ended:-}" ] || continue  # a signal ended the wait
+    if [ -z "${ended:-}" ]; then
+      ((code == 127)) || continue  # a signal ended the wait
+      # Bash forgets those that a signal killed before it had told of another one.
+      running=1 code=137
+    fi
     running=$((running - 1))
     if ((code == START_AGAIN)); then
       limit_the_rest

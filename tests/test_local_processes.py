@@ -166,3 +166,20 @@ def test_another_failure_is_not_started_again(tmp_path):
     program = 'echo ran; [ "${*: -1}" = --process_id=0 ] && exit 3; sleep 60'
     code, output, _ = run_processes(tmp_path, "2", program, RESTARTS="5")
     assert code == 3 and output.count("ran") <= 2
+
+
+def test_processes_killed_at_the_same_time(tmp_path):
+    """The launcher is held until all are dead, so that it learns of them in one moment."""
+    program = 'echo $$ >"leader${*: -1}"; touch "started${*: -1}"; sleep 60'
+    with start_processes(tmp_path, "3", program) as process:
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.glob("started*"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)
+        leaders = [int(path.read_text()) for path in tmp_path.glob("leader*")]
+        assert len(leaders) == 3
+        for leader in leaders:
+            os.killpg(leader, signal.SIGKILL)
+        process.send_signal(signal.SIGCONT)
+        process.communicate(timeout=30)
+    assert process.returncode == 137
