@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Late, so that importing one room does not load them all.
     if name == "load":
-        from cfjax.sampler import load
+        from cfjax.model_loading import load
 
         return load
     raise AttributeError(f"module 'cfjax' has no attribute {name!r}")

@@ -9,22 +9,18 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cfjax import clean_lengths, flops, sharding, train_state
+from cfjax import clean_lengths, flops, plans, sharding, train_state
 from cfjax.build_data import DTYPES, latent_scale, sees_latents
 from cfjax.diffusion.schedule import NoiseSchedule, make_noise_schedule, respace
 from cfjax.diffusion.solvers import Solver
 from cfjax.errors import UserError, check_choice
-from cfjax.factorization import (
-    Factorization,
-    check_split_sizes,
-    equal_split_sizes,
-    max_clean_tokens,
-)
+from cfjax.factorization import Factorization, max_clean_tokens
+from cfjax.guidance import Guidance
 from cfjax.models.causal_fusion import CausalFusion, in_compute_dtype
 from cfjax.objective import Objective
 from cfjax.optimizer import OptimizerSettings, make_optimizer
 from cfjax.rng import stream_key
-from cfjax.sampling import Guidance, SamplingSettings
+from cfjax.sampling import SamplingSettings
 from cfjax.train_step import TrainProgram, TrainStepSettings
 
 
@@ -61,9 +57,13 @@ def model(config: ConfigDict) -> CausalFusion:
 def sampling_model(config: ConfigDict) -> CausalFusion:
     """The transformer as generation runs it: layers in a loop, which is faster with a KV cache.
 
-    The parameters are those of `model`.
+    The parameters are those of `model`, in the dtype that `config.sampling.dtype` may name.
     """
-    return model(config).clone(scan_layers=True)
+    transformer = model(config).clone(scan_layers=True)
+    if not config.sampling.dtype:
+        return transformer
+    check_choice("sampling.dtype", config.sampling.dtype, DTYPES)
+    return transformer.clone(dtype=DTYPES[config.sampling.dtype])
 
 
 def factorization(config: ConfigDict) -> Factorization:
@@ -262,39 +262,69 @@ def compiler_options(config: ConfigDict, mesh: Mesh) -> dict[str, str]:
 
 
 def sampling_settings(
-    config: ConfigDict, split_sizes: tuple[int, ...] = ()
-) -> tuple[SamplingSettings, NoiseSchedule]:
-    """How to sample, and the schedule respaced to the denoising steps.
+    config: ConfigDict,
+    split_sizes: Sequence[int] = (),
+    num_known: int = 0,
+    is_autoguided: bool = False,
+) -> SamplingSettings:
+    """How to sample.
 
     Args:
-      config: read are `sampling`, `diffusion`, `factorization` and the number of tokens.
-      split_sizes: instead of `config.sampling.num_ar_steps` equal ones.
+      config: read are `sampling`, `diffusion`, `factorization`, whether the model knows the null class,
+        and the number of tokens.
+      split_sizes: instead of those of `config.sampling`.
+      num_known: tokens that are not generated.
+      is_autoguided: whether a weaker model guides, rather than the null class.
 
     Raises:
-      UserError: more AR steps than tokens, split sizes that don't sum to them, or a value out of
-        range.
+      UserError: more AR steps than tokens, split sizes that don't sum to them, denoising steps that
+        can't be had, or a value out of range.
     """
-    sampling = config.sampling
-    num_tokens = model(config).num_tokens
-    if split_sizes:
-        split_sizes = check_split_sizes(split_sizes, num_tokens)
-    else:
-        split_sizes = equal_split_sizes(num_tokens, sampling.num_ar_steps)
+    sampling, diffusion = config.sampling, config.diffusion
+    num_generated = model(config).num_tokens - num_known
+    sizes = ()
+    if num_generated or split_sizes:
+        sizes = plans.split_sizes(
+            sampling.split, num_generated, sampling.num_ar_steps, tuple(split_sizes)
+        )
+    training = noise_schedule(config)
+    budgets = plans.denoising_budgets(sampling.denoising_steps, len(sizes))
+    respaced = {it: respace(training, it, sampling.timestep_spacing) for it in set(budgets)}
+    if sees_latents(config) and (sampling.clip_x_start or sampling.dynamic_threshold):
+        raise UserError(
+            "sampling.clip_x_start and sampling.dynamic_threshold are for pixels, which are in [-1, 1];"
+            " this model generates latents, so set them to False and 0."
+        )
     settings = SamplingSettings(
-        split_sizes=split_sizes,
+        split_sizes=sizes,
+        schedules=tuple(respaced[budget] for budget in budgets),
         token_order=sampling.token_order,
         block_size=config.factorization.block_size,
         dilation_stride=config.factorization.dilation_stride,
         solver=Solver(
             name=sampling.solver,
-            prediction_type=config.diffusion.prediction_type,
+            prediction_type=diffusion.prediction_type,
             variance=sampling.variance,
             eta=sampling.eta,
             clip_x_start=sampling.clip_x_start,
+            dynamic_threshold=sampling.dynamic_threshold,
+            temperature=sampling.temperature,
         ),
-        guidance=Guidance(sampling.guidance_scale, tuple(sampling.guidance_interval)),
+        guidance=Guidance(
+            scale=sampling.guidance_scale,
+            interval=tuple(sampling.guidance_interval),
+            schedule=sampling.guidance_schedule,
+            power=sampling.guidance_power,
+            num_timesteps=diffusion.num_timesteps,
+        ),
     )
-    return settings, respace(noise_schedule(config), sampling.denoising_steps)
+    if settings.is_guided and not is_autoguided and not config.loss.class_dropout:
+        raise UserError(
+            f"guidance_scale is {sampling.guidance_scale:g}, but the model is trained with"
+            " loss.class_dropout=0 and does not know the null class; set guidance_scale to 1, or guide"
+            " by a weaker checkpoint."
+        )
+    return settings
 
 
 def sequence_length(config: ConfigDict, num_clean: int | None = None) -> int:

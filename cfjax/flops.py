@@ -4,6 +4,7 @@ A product of [a, b] and [b, c] counts 2 a b c; norms, softmax and other pointwis
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import jaxprs_in_params
@@ -45,19 +46,30 @@ def training_forward_flops(
 
 
 def sampling_flops(
-    model: CausalFusion, split_sizes: tuple[int, ...], num_denoising_steps: int, guided: bool
+    model: CausalFusion, split_sizes: Sequence[int], num_passes: Sequence[int], num_rows: int
 ) -> int:
-    """Of one image: each AR step's denoising, and pushing its clean tokens into the KV cache."""
-    condition = model.condition_length
-    total = model.depth * layer_flops(model, condition, condition)
-    begin = 0
-    for size in split_sizes:
+    """Of one image: each AR step's denoising, and pushing its clean tokens into the KV cache.
+
+    Args:
+      model: the transformer.
+      split_sizes: tokens of each AR step; those left out of L are known, and pushed at first.
+      num_passes: forward passes in the denoising of each AR step: one a denoising step, two a guided
+        one.
+      num_rows: of an image in the KV cache: 2 with classifier-free guidance.
+    """
+    condition, begin = model.condition_length, model.num_tokens - sum(split_sizes)
+    pushed = model.depth * layer_flops(model, condition, condition)
+    if begin:
+        pushed += model.depth * layer_flops(model, begin, condition + begin)
+        pushed += end_flops(model, begin, 0, 0)
+    total = num_rows * pushed
+    for size, passes in zip(split_sizes, num_passes, strict=True):
         layers = model.depth * layer_flops(model, size, condition + begin + size)
-        total += num_denoising_steps * (layers + end_flops(model, 0, size, 1))
+        total += passes * (layers + end_flops(model, 0, size, 1))
         begin += size
         if begin < model.num_tokens:
-            total += layers + end_flops(model, size, 0, 0)
-    return total * (2 if guided else 1)
+            total += num_rows * (layers + end_flops(model, size, 0, 0))
+    return total
 
 
 def counted_flops(jaxpr: Any) -> int:

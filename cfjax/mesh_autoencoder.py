@@ -6,6 +6,7 @@ times larger than an image, fit beside a transformer.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from cfjax.autoencoder_files import Autoencoder
-from cfjax.models.autoencoder_kl import AutoencoderKL
+from cfjax.models.autoencoder_kl import AutoencoderKL, split_moments
 from cfjax.models.tiled_decoding import decode_tiled
 from cfjax.sharding import BATCH_AXES, batch_sharding, replicated
 
@@ -61,12 +62,29 @@ class MeshAutoencoder:
 
     def decode_all(self, latents: np.ndarray) -> np.ndarray:
         """`decode` of any number of latents, which all processes have, to all processes."""
-        num_rows = -(-len(latents) // self.mesh.size) * self.mesh.size
-        rows = latents[np.minimum(np.arange(num_rows), len(latents) - 1)]
+        return self._of_all(self.decode, latents)
+
+    def encode_all(self, images: np.ndarray) -> np.ndarray:
+        """Latents as a diffusion model sees them: the posterior's mode times the scale.
+
+        Args:
+          images: any number `[n, H, W, C]` in [-1, 1], which all processes have.
+
+        Returns:
+          float32 `[n, h, w, c]`, to all processes.
+        """
+        moments = self._of_all(self.encode, images)
+        return self.module.scale * np.asarray(split_moments(moments).mode())
+
+    def _of_all(self, apply: Callable[[jax.Array], jax.Array], batch: np.ndarray) -> np.ndarray:
+        # Always the same number at a time on a device, as sums of another are rounded otherwise.
+        at_once = self.mesh.size * IMAGES_AT_A_TIME
+        num_rows = -(-len(batch) // at_once) * at_once
+        rows = batch[np.minimum(np.arange(num_rows), len(batch) - 1)]
         sharding = batch_sharding(self.mesh)
         on_mesh = jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
-        images = multihost_utils.process_allgather(self.decode(on_mesh), tiled=True)
-        return np.asarray(images)[: len(latents)]
+        results = multihost_utils.process_allgather(apply(on_mesh), tiled=True)
+        return np.asarray(results)[: len(batch)]
 
 
 def put(autoencoder: Autoencoder, mesh: Mesh) -> MeshAutoencoder:

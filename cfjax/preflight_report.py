@@ -98,9 +98,9 @@ def sample_report(
     """
     batch_size = -(-batch_size // mesh.size) * mesh.size
     model = build.sampling_model(config)
-    settings, schedule = build.sampling_settings(config)
+    settings = build.sampling_settings(config)
     model_flops = batch_size * sampling_flops(
-        model, settings.split_sizes, schedule.num_timesteps, settings.guidance.is_used
+        model, settings.split_sizes, settings.num_passes, settings.num_rows
     )
     traced = sampler.trace_generation(config, mesh, batch_size)
 
@@ -109,8 +109,8 @@ def sample_report(
             return traced.lower().compile()
 
     report = program_report(traced, compile_program, chip, mesh.size, model_flops)
-    rows = batch_size // mesh.size * (2 if settings.guidance.is_used else 1)
-    capacity = sampling.cache_capacity(model, settings.split_sizes)
+    rows = batch_size // mesh.size * settings.num_rows
+    capacity = sampling.cache_capacity(model, settings)
     kv_cache = jax.eval_shape(lambda: model.empty_cache(rows, capacity))
     report["memory"]["kv_cache"] = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kv_cache[:2]

@@ -1,12 +1,12 @@
-"""A trained model ready to generate images: the Python API of sampling.
+"""A trained model ready to generate and edit images: the Python API.
 
-sampler = cfjax.load("runs/mnist")
-images = sampler.generate(labels=[3, 1, 4], num_ar_steps=7, guidance_scale=2.0)
+model = cfjax.load("runs/mnist")
+images = model.generate([3, 1, 4], num_ar_steps=7, guidance_scale=2.0)
+edited = model.edit(images, [8, 7, 9], keep="top")
 """
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike, fspath
 from typing import Any
 
 import jax
@@ -15,67 +15,37 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from cfjax import build, build_data, checkpoints, mesh_autoencoder, sampling, sharding
-from cfjax.config_loading import config_from_json
-from cfjax.data.images import to_uint8
-from cfjax.diffusion.schedule import NoiseSchedule
+from cfjax import build, editing, sampling, sharding
+from cfjax.data.images import to_model_range, to_uint8
 from cfjax.errors import UserError, check_choice
 from cfjax.mesh_autoencoder import MeshAutoencoder
 from cfjax.models.causal_fusion import CausalFusion
-from cfjax.models.patches import unpatchify
+from cfjax.models.patches import patchify, unpatchify
 from cfjax.rng import per_example_keys, stream_key
 
 
-def load(
-    directory: str | PathLike,
-    train_step: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    autoencoder: str | PathLike | None = None,
-) -> "Sampler":
-    """The EMA model of a checkpoint.
-
-    Args:
-      directory: a run's workdir, its `checkpoints/` folder, or one checkpoint.
-      train_step: which checkpoint, by default the latest.
-      mesh: from `sharding.make_mesh`; by default each device has a copy of the parameters.
-      autoencoder: folder of the one that decodes latents, by default `config.autoencoder.path`.
+def override_sampling(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Sets fields of `config.sampling`.
 
     Raises:
-      UserError: there is no such checkpoint, it is corrupt, its config lacks a field, the mesh does
-        not divide the model, or an autoencoder is missing, another one, or not needed.
+      UserError: an unknown field, or a value of another type.
     """
-    config = config_from_json(checkpoints.read_config(directory, train_step))
-    try:
-        model = build.sampling_model(config)
-        build.sampling_settings(config)
-        if autoencoder is not None:
-            if not build_data.sees_latents(config):
-                raise UserError(
-                    f"the model in {directory} generates pixels; don't pass an autoencoder."
-                )
-            config.autoencoder.path = fspath(autoencoder)
-        if build_data.sees_latents(config) and not config.autoencoder.path:
+    for name, value in overrides.items():
+        check_choice("sampling option", name, config.sampling)
+        if name == "denoising_steps":
+            value = value if isinstance(value, str) else "/".join(map(str, np.atleast_1d(value)))
+        try:
+            config.sampling[name] = value
+        except TypeError as error:
             raise UserError(
-                f"the model in {directory} generates latents, and its config names no autoencoder;"
-                " pass one that decodes them: --autoencoder=FOLDER, or cfjax.load(autoencoder=...)."
-            )
-        decoder = build_data.autoencoder(config)
-    except AttributeError as error:
-        raise UserError(
-            f"the config of the checkpoint in {directory} lacks the field {error.args[0]}, as another"
-            " version of cfjax saved it; add the field to its config/config.json."
-        ) from error
-    mesh = sharding.make_mesh() if mesh is None else mesh
-    build.check_mesh_divides_model(config, mesh)
-    abstract = sharding.abstract_sharded(build.init_sampling_params(model), mesh, jax.random.key(0))
-    params = checkpoints.restore_ema(directory, abstract, train_step)
-    decodes = decoder and mesh_autoencoder.put(decoder, mesh)
-    return Sampler(config, model, params, mesh, decodes)
+                f"sampling option {name} is {value!r}, but must be of the type of"
+                f" {config.sampling[name]!r}."
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A model with its parameters; from `load`.
+    """A model with its parameters; from `model_loading.load`.
 
     Attributes:
       config: of the run that trained it; `config.sampling` holds the defaults of `generate`.
@@ -83,6 +53,7 @@ class Sampler:
       params: its parameters, on `mesh`, most in the dtype of the matrix products.
       mesh: over which a batch is split.
       autoencoder: that decodes the latents which the model generates; None for pixels.
+      guide: a weaker model that guides, or None.
     """
 
     config: ConfigDict
@@ -90,6 +61,16 @@ class Sampler:
     params: Any
     mesh: jax.sharding.Mesh
     autoencoder: MeshAutoencoder | None = None
+    guide: sampling.Network | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images, of which latents are decoded."""
+        size, channels = self.config.data.size, self.config.data.channels
+        if self.autoencoder is not None:
+            module = self.autoencoder.module
+            size, channels = size * module.downsampling, module.image_channels
+        return size, size, channels
 
     def generate(
         self,
@@ -106,10 +87,12 @@ class Sampler:
         Args:
           labels: class of each image; `num_classes` for none.
           seed: of the noise and the token orders.
-          first_index: index of the first image; image i depends on (seed, i) and its label alone.
-          batch_size: images at a time; rounded up to a multiple of the devices.
+          first_index: index of the first image; image i depends on (seed, i) and its label alone, to
+            the bit.
+          batch_size: images that are fetched at a time.
           split_sizes: tokens of each AR step, instead of `num_ar_steps`.
-          **overrides: fields of `config.sampling`, such as `num_ar_steps=7`.
+          **overrides: fields of `config.sampling`, such as `num_ar_steps=7`; `denoising_steps` may be
+            a number, or a list of one for each AR step.
 
         Returns:
           uint8 `[N, H, W, C]`.
@@ -117,24 +100,70 @@ class Sampler:
         Raises:
           UserError: an unknown field, or a value out of range.
         """
-        settings, schedule = self.settings(overrides, split_sizes)
+        settings = self.settings(overrides, split_sizes)
         labels = self.check_labels(labels)
-        batches = self.stream(labels, settings, schedule, seed, first_index, batch_size)
+        batches = self.stream(labels, settings, seed, first_index, batch_size)
+        return np.concatenate(list(batches))
+
+    def edit(
+        self,
+        images: np.ndarray,
+        labels: Sequence[int],
+        keep: str | np.ndarray,
+        *,
+        keep_box: Sequence[int] = (),
+        keep_ratio: float = 0.5,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 256,
+        split_sizes: Sequence[int] = (),
+        **overrides: Any,
+    ) -> np.ndarray:
+        """Keeps a part of each image and generates the rest anew: see `cfjax.editing`.
+
+        Args:
+          images: uint8 `[N, H, W, C]`, generated or one's own.
+          labels: class of each result; `num_classes` for none.
+          keep: what is kept: "center", "outside" (of the center), "top", "bottom", "left", "right",
+            "box", "random", or bool pixels `[H, W]`. A token stays if all of its pixels do.
+          keep_box: of "box": (top, left, bottom, right) in pixels; bottom and right are not in it.
+          keep_ratio: of "random": the share of the tokens.
+          seed, first_index, batch_size: see `generate`. With nothing kept it is `generate`.
+          split_sizes: of the tokens that are generated.
+          **overrides: fields of `config.sampling`.
+
+        Returns:
+          uint8 `[N, H, W, C]`. Of a model of pixels the kept ones are those of `images`; an
+          autoencoder gives them back about.
+
+        Raises:
+          UserError: images, a mask or a box that do not fit, an unknown field, or a value out of
+            range.
+        """
+        labels = self.check_labels(labels)
+        known = self.known_tokens(images, keep, keep_box, keep_ratio, seed, first_index)
+        if len(labels) != len(images):
+            raise UserError(
+                f"there are {len(labels)} labels for {len(images)} images; pass one for each."
+            )
+        settings = self.settings(overrides, split_sizes, int(known.is_known[0].sum()))
+        batches = self.stream(labels, settings, seed, first_index, batch_size, known)
         return np.concatenate(list(batches))
 
     def settings(
-        self, overrides: Mapping[str, Any], split_sizes: Sequence[int] = ()
-    ) -> tuple[sampling.SamplingSettings, NoiseSchedule]:
-        """`config.sampling` with fields overridden, checked.
+        self, overrides: Mapping[str, Any], split_sizes: Sequence[int] = (), num_known: int = 0
+    ) -> sampling.SamplingSettings:
+        """`config.sampling` with fields overridden, checked; `num_known` tokens are not generated.
 
         Raises:
           UserError: an unknown field, or a value out of range.
         """
         config = self.config.copy_and_resolve_references()
-        for name, value in overrides.items():
-            check_choice("sampling option", name, config.sampling)
-            config.sampling[name] = value
-        return build.sampling_settings(config, tuple(split_sizes))
+        override_sampling(config, overrides)
+        for name in ("dtype", "images_per_device"):
+            if config.sampling[name] != self.config.sampling[name]:
+                raise UserError(f"{name} is of the loaded model; pass it to cfjax.load.")
+        return build.sampling_settings(config, split_sizes, num_known, self.guide is not None)
 
     def check_labels(self, labels: Sequence[int]) -> np.ndarray:
         """Labels as int32 `[N]`.
@@ -154,49 +183,115 @@ class Sampler:
             raise UserError("there is no label; pass a class for each image.")
         return labels
 
+    def known_tokens(
+        self,
+        images: np.ndarray,
+        keep: str | np.ndarray,
+        keep_box: Sequence[int] = (),
+        keep_ratio: float = 0.5,
+        seed: int = 0,
+        first_index: int = 0,
+    ) -> sampling.Known:
+        """The tokens of images, and which of them are kept; see `edit`.
+
+        Returns:
+          NumPy arrays.
+
+        Raises:
+          UserError: images, a mask or a box that do not fit.
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape or not len(images):
+            raise UserError(
+                f"the images are {images.dtype} {list(images.shape)}, but must be uint8 of [N,"
+                f" {', '.join(map(str, self.image_shape))}]."
+            )
+        grid = self.model.grid
+        if isinstance(keep, str) and keep == "random":
+            keys = per_example_keys(
+                stream_key(seed, "keep"), first_index + jnp.arange(len(images), dtype=jnp.uint32)
+            )
+            is_known = editing.random_tokens(keys, keep_ratio, grid)
+        else:
+            if isinstance(keep, str):
+                keep = editing.kept_pixels(keep, self.image_shape[:2], keep_box)
+            is_known = editing.kept_tokens(keep, self.image_shape[:2], grid)
+            is_known = np.broadcast_to(is_known, (len(images), len(is_known)))
+        return sampling.Known(self.to_tokens(images), np.asarray(is_known))
+
+    def to_tokens(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 `[N, H, W, C]` as the model sees them: float32 `[N, L, token_width]`."""
+        seen = to_model_range(images)
+        if self.autoencoder is not None:
+            seen = self.autoencoder.encode_all(seen)
+        return np.asarray(patchify(seen, self.config.model.patch_size))
+
     def stream(
         self,
         labels: np.ndarray,
         settings: sampling.SamplingSettings,
-        schedule: NoiseSchedule,
         seed: int = 0,
         first_index: int = 0,
         batch_size: int = 256,
+        known: sampling.Known | None = None,
     ) -> Iterator[np.ndarray]:
-        """Yields images batch by batch, uint8 `[<= batch_size, H, W, C]`; see `generate`.
+        """Yields images batch by batch, uint8 `[n, H, W, C]`; see `generate`.
 
-        The next batch runs while the caller works on one. On several processes all get all images.
+        The next ones are made while the caller works on a batch. On several processes all get all
+        images. `known` has rows for `labels`.
+
+        Every device makes `config.sampling.images_per_device` images at a time, and image i is always
+        at the same place among them: as sums of another number of rows are rounded otherwise, so
+        images are the same to the bit for any batch size and any number of devices.
         """
-        sharded = sharding.batch_sharding(self.mesh)
-        num_devices = self.mesh.size
-        size = -(-min(batch_size, len(labels)) // num_devices) * num_devices
+        group = self.config.sampling.images_per_device
+        at_once = group * sharding.num_batch_shards(self.mesh)
+        offset = first_index % group
+        end = offset + len(labels)
+        key = stream_key(seed, "sample")
 
         def start(begin: int) -> jax.Array:
-            rows = np.minimum(np.arange(begin, begin + size), len(labels) - 1)
-            on_mesh = [
-                jax.make_array_from_callback(x.shape, sharded, x.__getitem__)
-                for x in (labels[rows], (first_index + rows).astype(np.uint32))
-            ]
-            generated = _generate_images(
-                self.model,
-                self.params,
-                schedule,
-                settings,
-                self.config.model.patch_size,
-                stream_key(seed, "sample"),
-                *on_mesh,
-            )
-            return generated if self.autoencoder is None else self.autoencoder.decode(generated)
+            places = np.clip(np.arange(begin, begin + at_once), offset, end - 1)
+            rows = places - offset
+            arrays = (labels[rows], (first_index + rows).astype(np.uint32))
+            if known is not None:
+                arrays += (known.tokens[rows], known.is_known[rows])
+            return self._generate(settings, key, *map(self._on_mesh, arrays))
 
-        begins = range(0, len(labels), size)
+        waiting, num_waiting = [], 0
+        begins = range(0, end, at_once)
         with sharding.activate(self.mesh):
             running = start(0)
             for begin in begins:
                 finished = running
-                if begin + size < len(labels):
-                    running = start(begin + size)
-                images = multihost_utils.process_allgather(finished, tiled=True)
-                yield to_uint8(images[: len(labels) - begin])
+                if begin + at_once < end:
+                    running = start(begin + at_once)
+                images = to_uint8(multihost_utils.process_allgather(finished, tiled=True))
+                waiting.append(images[max(offset - begin, 0) : end - begin])
+                num_waiting += len(waiting[-1])
+                if num_waiting >= batch_size or begin == begins[-1]:
+                    yield np.concatenate(waiting)
+                    waiting, num_waiting = [], 0
+
+    def _on_mesh(self, rows: np.ndarray) -> jax.Array:
+        sharded = sharding.batch_sharding(self.mesh)
+        return jax.make_array_from_callback(rows.shape, sharded, rows.__getitem__)
+
+    def _generate(self, settings, key, labels, indices, *known):
+        guide = self.guide or sampling.Network(None, None)
+        generated = _generate_images(
+            self.model,
+            guide.model,
+            settings,
+            self.config.model.patch_size,
+            self.params,
+            guide.params,
+            key,
+            labels,
+            indices,
+            sampling.Known(*known) if known else None,
+        )
+        return generated if self.autoencoder is None else self.autoencoder.decode(generated)
 
     def to_images(self, generated: np.ndarray) -> np.ndarray:
         """What the model generates as images.
@@ -218,7 +313,7 @@ class Sampler:
 
     def trajectory(
         self, label: int, seed: int = 0, index: int = 0, **overrides: Any
-    ) -> tuple[sampling.Trajectory, NoiseSchedule]:
+    ) -> tuple[sampling.Trajectory, sampling.SamplingSettings]:
         """How image `index` emerges: see `sampling.Trajectory`, with a batch of one.
 
         Args:
@@ -227,16 +322,24 @@ class Sampler:
           **overrides: fields of `config.sampling`.
 
         Returns:
-          The trajectory, of NumPy arrays, and the schedule of its denoising steps.
+          The trajectory, of NumPy arrays, and the settings with the schedule of each AR step.
         """
-        settings, schedule = self.settings(overrides)
+        settings = self.settings(overrides)
         keys = per_example_keys(stream_key(seed, "sample"), jnp.array([index], jnp.uint32))
         labels = jnp.asarray(self.check_labels([label]))
+        guide = self.guide or sampling.Network(None, None)
         with sharding.activate(self.mesh):
             _, trajectory = sampling.generate(
-                self.model, self.params, schedule, settings, labels, keys, return_trajectory=True
+                self.model,
+                self.params,
+                settings,
+                labels,
+                keys,
+                guide_model=guide.model,
+                guide_params=guide.params,
+                return_trajectory=True,
             )
-        return jax.device_get(trajectory), schedule
+        return jax.device_get(trajectory), settings
 
 
 def trace_generation(
@@ -244,7 +347,7 @@ def trace_generation(
 ) -> jax.stages.Traced:
     """The program of `Sampler.generate` for a batch, over devices that may only be described."""
     model = build.sampling_model(config)
-    settings, schedule = build.sampling_settings(config)
+    settings = build.sampling_settings(config)
     params = sharding.abstract_sharded(build.init_sampling_params(model), mesh, jax.random.key(0))
     key = sharding.abstract_sharded(lambda: stream_key(0, "sample"), mesh)
     rows = sharding.batch_sharding(mesh)
@@ -254,14 +357,33 @@ def trace_generation(
     )
     with sharding.activate(mesh):
         return _generate_images.trace(
-            model, params, schedule, settings, config.model.patch_size, key, labels, indices
+            model,
+            None,
+            settings,
+            config.model.patch_size,
+            params,
+            None,
+            key,
+            labels,
+            indices,
+            None,
         )
 
 
-def _generate_images(model, params, schedule, settings, patch_size, key, labels, indices):
-    keys = per_example_keys(key, indices)
-    tokens = sampling.generate(model, params, schedule, settings, labels, keys)
+def _generate_images(
+    model, guide_model, settings, patch_size, params, guide_params, key, labels, indices, known
+):
+    tokens = sampling.generate(
+        model,
+        params,
+        settings,
+        labels,
+        per_example_keys(key, indices),
+        known=known,
+        guide_model=guide_model,
+        guide_params=guide_params,
+    )
     return unpatchify(tokens, patch_size, model.grid)
 
 
-_generate_images = jax.jit(_generate_images, static_argnums=(0, 2, 3, 4))
+_generate_images = jax.jit(_generate_images, static_argnums=(0, 1, 2, 3))

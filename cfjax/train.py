@@ -133,9 +133,9 @@ def _sample_grid(
     """uint8 picture of one sample a class, of at most 10 classes."""
     model = build.sampling_model(config)
     labels = np.arange(min(10, config.data.num_classes))
-    settings, schedule = build.sampling_settings(config)
+    settings = build.sampling_settings(config)
     keys = per_example_keys(stream_key(config.seed, "samples"), jnp.arange(len(labels)))
-    tokens = generate(model, params, schedule, settings, jnp.asarray(labels), keys)
+    tokens = generate(model, params, settings, jnp.asarray(labels), keys)
     images = np.asarray(unpatchify(jax.device_get(tokens), config.model.patch_size, model.grid))
     if autoencoder is not None:
         images = autoencoder.decode_all(images)

@@ -100,13 +100,23 @@ def get_config() -> ConfigDict:
 
     config.sampling = ConfigDict()  # what `cfjax.sample` does unless its flags say otherwise
     config.sampling.num_ar_steps = 1  # S
+    config.sampling.split = "equal"  # sizes of the AR steps, or "cosine": few tokens first
     config.sampling.token_order = "random"  # or "raster", "block_raster", "dilated"
-    config.sampling.denoising_steps = "250"  # respacing: "250", "ddim50" or sections "10,15,20"
-    config.sampling.solver = "ddpm"  # or "ddim"
+    config.sampling.denoising_steps = (
+        "250"  # of each AR step: "250", "ddim50", sections "10,15,20", or by AR step "50/20", "50:10"
+    )
+    config.sampling.timestep_spacing = "linear"  # or "quadratic", "karras", "logsnr"
+    config.sampling.solver = "ddpm"  # or "ddim", "dpmpp_2m", "dpmpp_2m_sde"
     config.sampling.variance = "fixed_large"  # of "ddpm", or "fixed_small"
     config.sampling.eta = 0.0  # of "ddim": share of ancestral noise
+    config.sampling.temperature = 1.0  # by which the noise is multiplied that solvers add
     config.sampling.clip_x_start = False  # clip predicted x_0 to [-1, 1], for pixels
+    config.sampling.dynamic_threshold = 0.0  # or scale it to its quantile, such as 0.995
     config.sampling.guidance_scale = 1.0  # classifier-free guidance; 1 for none
     config.sampling.guidance_interval = (0, 1000)  # guided where low <= t < high
+    config.sampling.guidance_schedule = "constant"  # or "linear", "cosine" over the AR position
+    config.sampling.guidance_power = 0.0  # scale - 1 falls by (1 - t / T)^power; 0 for none
+    config.sampling.dtype = ""  # of generation: "bfloat16", "float32"; empty as in training
+    config.sampling.images_per_device = 64  # at a time; others make other bytes by rounding
 
     return config

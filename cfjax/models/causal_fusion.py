@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import MaskTerms, generalized_causal_mask
 from cfjax.models.attention import ATTENDED, Attention
-from cfjax.models.kv_cache import KVCache, empty_cache
+from cfjax.models.kv_cache import KVCache, empty_cache, first_row_of_each
 from cfjax.models.layers import (
     LINEAR,
     Mlp,
@@ -87,6 +87,8 @@ class Block(nn.Module):
         x = carry
         if isinstance(carry, Push):
             x, cached = carry.x, carry.kv_cache.of_layer(carry.layer)
+        elif cached is not None:
+            cached = tuple(first_row_of_each(whole, len(x)) for whole in cached)
         width = x.shape[-1]
         if terms is not None:
             context, noised = terms
@@ -310,7 +312,8 @@ class CausalFusion(nn.Module):
         """Predicts for the noised tokens of one AR step, given the cache, which is left as it is.
 
         Args:
-          kv_cache: condition tokens and clean tokens of the AR steps before.
+          kv_cache: condition tokens and clean tokens of the AR steps before; of the batch, or of
+            several rows an example, of which the first is read.
           x_t: noised tokens `[batch, M, token_width]`.
           t: timestep int `[batch]`.
           grid_indices: int `[batch, M]`.
@@ -321,7 +324,7 @@ class CausalFusion(nn.Module):
         embedded = self.clean_image_tokens(x_t, grid_indices)
         embedded = embedded + self.timestep_embedding(t)[:, None]
         mask = self._decoding_mask(kv_cache, embedded)
-        decoded, _ = self.blocks(embedded, (kv_cache.keys, kv_cache.values), None, mask)
+        decoded, _ = self.blocks(embedded, kv_cache[:2], None, mask)
         return self._predict(decoded)
 
     def _decoding_mask(self, kv_cache: KVCache, x: jax.Array) -> jax.Array:

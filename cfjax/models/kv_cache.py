@@ -54,3 +54,11 @@ def empty_cache(
     """A KV cache with room for `capacity` tokens and none in it."""
     zeros = jnp.zeros((num_layers, batch, num_heads, head_width, capacity), dtype)
     return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
+
+
+def first_row_of_each(keys_or_values: jax.Array, batch: int) -> jax.Array:
+    """Of one layer's `[batch * rows, heads, head_width, capacity]` each example's first row."""
+    rows = len(keys_or_values) // batch
+    if rows == 1:
+        return keys_or_values
+    return keys_or_values.reshape(batch, rows, *keys_or_values.shape[1:])[:, 0]

@@ -1,0 +1,106 @@
+"""Checkpoints to models that generate: `cfjax.load`."""
+
+from os import PathLike, fspath
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from cfjax import build, build_data, checkpoints, mesh_autoencoder, sampling, sharding
+from cfjax.config_loading import config_from_json
+from cfjax.errors import UserError
+from cfjax.sampler import Sampler, override_sampling
+
+
+def load(
+    directory: str | PathLike,
+    train_step: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    autoencoder: str | PathLike | None = None,
+    guide: str | PathLike | None = None,
+    **overrides: Any,
+) -> Sampler:
+    """The EMA model of a checkpoint.
+
+    Args:
+      directory: a run's workdir, its `checkpoints/` folder, or one checkpoint.
+      train_step: which checkpoint, by default the latest.
+      mesh: from `sharding.make_mesh`; by default each device has a copy of the parameters.
+      autoencoder: folder of the one that decodes latents, by default `config.autoencoder.path`.
+      guide: a checkpoint of a weaker model, smaller or of fewer train steps, that guides in place of
+        the null class (autoguidance, arXiv 2406.02507).
+      **overrides: fields of `config.sampling`, such as `dtype="bfloat16"`, as defaults of `generate`.
+
+    Raises:
+      UserError: there is no such checkpoint, it is corrupt, its config lacks a field, the mesh does
+        not divide the model, or an autoencoder or guide is missing, another one, or not needed.
+    """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    config = _read_config(directory, train_step)
+    override_sampling(config, overrides)
+    if autoencoder is not None:
+        if not build_data.sees_latents(config):
+            raise UserError(
+                f"the model in {directory} generates pixels; don't pass an autoencoder."
+            )
+        config.autoencoder.path = fspath(autoencoder)
+    if build_data.sees_latents(config) and not config.autoencoder.path:
+        raise UserError(
+            f"the model in {directory} generates latents, and its config names no autoencoder;"
+            " pass one that decodes them: --autoencoder=FOLDER, or cfjax.load(autoencoder=...)."
+        )
+    decoder = build_data.autoencoder(config)
+    weaker_config = None
+    if guide is not None:
+        weaker_config = _read_config(guide, None)
+        weaker_config.sampling.dtype = config.sampling.dtype
+        _check_guide(directory, config, guide, weaker_config)
+    network = _restore(directory, train_step, config, mesh)
+    return Sampler(
+        config=config,
+        model=network.model,
+        params=network.params,
+        mesh=mesh,
+        autoencoder=decoder and mesh_autoencoder.put(decoder, mesh),
+        guide=weaker_config and _restore(guide, None, weaker_config, mesh),
+    )
+
+
+def _read_config(directory: str | PathLike, train_step: int | None) -> ConfigDict:
+    config = config_from_json(checkpoints.read_config(directory, train_step))
+    try:
+        build.sampling_model(config)
+        build.sampling_settings(config)
+        build_data.sees_latents(config)
+    except AttributeError as error:
+        raise UserError(
+            f"the config of the checkpoint in {directory} lacks the field {error.args[0]}, as another"
+            " version of cfjax saved it; add the field to its config/config.json."
+        ) from error
+    return config
+
+
+def _restore(
+    directory: str | PathLike, train_step: int | None, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> sampling.Network:
+    model = build.sampling_model(config)
+    build.check_mesh_divides_model(config, mesh)
+    abstract = sharding.abstract_sharded(build.init_sampling_params(model), mesh, jax.random.key(0))
+    return sampling.Network(model, checkpoints.restore_ema(directory, abstract, train_step))
+
+
+def _check_guide(
+    directory: str | PathLike, config: ConfigDict, guide: str | PathLike, weaker: ConfigDict
+) -> None:
+    """Refuses a guide that sees other tokens, noise or classes, or predicts something else."""
+    fields = (
+        *("data.size", "data.channels", "data.num_classes", "model.patch_size"),
+        *("diffusion.noise_schedule", "diffusion.num_timesteps", "diffusion.prediction_type"),
+    )
+    for field in fields:
+        room, name = field.split(".")
+        if config[room][name] != weaker[room][name]:
+            raise UserError(
+                f"the guide in {guide} has {field}={weaker[room][name]}, but the model in"
+                f" {directory} {config[room][name]}; pass one that agrees."
+            )
