@@ -7,7 +7,7 @@ import pytest
 
 from cfjax.diffusion import process, solvers
 from cfjax.diffusion.schedule import make_noise_schedule, respace, respaced_timesteps
-from cfjax.diffusion.solvers import Solver
+from cfjax.diffusion.solvers import Solver, step_coefficients
 from cfjax.diffusion.weighting import LOSS_WEIGHTINGS, loss_weight_table
 from cfjax.errors import UserError
 
@@ -16,6 +16,12 @@ LINEAR, COSINE = make_noise_schedule("linear"), make_noise_schedule("cosine")
 
 def normal(seed, shape=(4, 6, 3)):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def denoising_step(solver, schedule, index, x_t, prediction, noise=None):
+    """A denoising step of a solver that reads no x_0 predicted before."""
+    at_index = jax.tree.map(lambda values: values[index], step_coefficients(solver, schedule))
+    return solvers.denoising_step(solver, at_index, x_t, prediction, x_t, noise)
 
 
 def test_linear_schedule():
@@ -191,9 +197,9 @@ def test_variances_at_index_0():
 def test_ddpm_step(variance, prediction_type):
     schedule, solver = respace(COSINE, "10"), Solver("ddpm", prediction_type, variance)
     x_t, prediction, noise = normal(0), normal(1), normal(2)
-    step = jax.jit(solvers.denoising_step, static_argnums=(0, 1))
+    step = jax.jit(denoising_step, static_argnums=(0, 1, 2))
     for index in (9, 4, 1, 0):
-        sample, x_start = step(solver, schedule, x_t, prediction, index, noise)
+        sample, x_start = step(solver, schedule, index, x_t, prediction, noise)
         expected = process.predicted_x_start(schedule, prediction_type, x_t, prediction, index)
         np.testing.assert_allclose(x_start, expected, rtol=1e-5, atol=1e-5)
         mean = process.posterior_mean(schedule, expected, x_t, index)
@@ -211,9 +217,7 @@ def test_ddim_step():
     x_start, noise = normal(0), normal(1)
     for index in (9, 5, 0):
         x_t = process.add_noise(schedule, x_start, noise, index)
-        sample, predicted = solvers.denoising_step(
-            Solver("ddim"), schedule, x_t, noise, index, None
-        )
+        sample, predicted = denoising_step(Solver("ddim"), schedule, index, x_t, noise)
         # Given the true noise, the deterministic step stays on the straight line to x_0.
         expected = process.add_noise(schedule, x_start, noise, index - 1) if index else x_start
         np.testing.assert_allclose(sample, expected, rtol=0, atol=2e-4)
@@ -228,7 +232,7 @@ def test_ddim_with_all_the_noise_has_the_posterior_of_ddpm():
         ancestral = Solver("ddpm", "x_start", "fixed_small")
         stochastic = Solver("ddim", "x_start", eta=1.0)
         steps = [
-            solvers.denoising_step(solver, schedule, x_t, prediction, index, noise)[0]
+            denoising_step(solver, schedule, index, x_t, prediction, noise)[0]
             for solver in (ancestral, stochastic)
         ]
         np.testing.assert_allclose(*steps, rtol=0, atol=1e-5)
@@ -238,7 +242,7 @@ def test_ddim_with_all_the_noise_has_the_posterior_of_ddpm():
 def test_clipping_holds_the_predicted_pixels_in_range(name):
     x_t, prediction = 3 * normal(0), normal(1)
     outputs = [
-        solvers.denoising_step(Solver(name, clip_x_start=clip), LINEAR, x_t, prediction, 500, x_t)
+        denoising_step(Solver(name, clip_x_start=clip), LINEAR, 500, x_t, prediction, x_t)
         for clip in (False, True)
     ]
     (sample, x_start), (clipped_sample, clipped) = outputs
@@ -248,7 +252,7 @@ def test_clipping_holds_the_predicted_pixels_in_range(name):
     # A clipped x_0 is what the sample follows from.
     again = Solver(name, "x_start")
     np.testing.assert_allclose(
-        solvers.denoising_step(again, LINEAR, x_t, clipped, 500, x_t)[0],
+        denoising_step(again, LINEAR, 500, x_t, clipped, x_t)[0],
         clipped_sample,
         rtol=0,
         atol=1e-6,
@@ -266,7 +270,7 @@ def test_few_denoising_steps(respacing, solver):
     schedule = respace(LINEAR, respacing)
     x, noise = normal(0), normal(1)
     for index in reversed(range(schedule.num_timesteps)):
-        x, x_start = solvers.denoising_step(solver, schedule, x, x, index, noise)
+        x, x_start = denoising_step(solver, schedule, index, x, x, noise)
     np.testing.assert_allclose(x, x_start, rtol=1e-6)
     assert np.isfinite(x).all()
 

@@ -56,6 +56,20 @@ def prediction_target(
     return signal_scale * noise - noise_scale * x_start
 
 
+def x_start_coefficients(
+    schedule: NoiseSchedule, prediction_type: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients a and b of x_0 = a x_t + b prediction at every timestep, float64 `[N]` each."""
+    check_choice("prediction type", prediction_type, PREDICTION_TYPES)
+    alphas_cumprod = schedule.alphas_cumprod
+    if prediction_type == "x_start":
+        return np.zeros_like(alphas_cumprod), np.ones_like(alphas_cumprod)
+    if prediction_type == "noise":
+        inverse = 1.0 / alphas_cumprod
+        return np.sqrt(inverse), -np.sqrt(inverse - 1.0)
+    return np.sqrt(alphas_cumprod), -np.sqrt(1.0 - alphas_cumprod)
+
+
 def predicted_x_start(
     schedule: NoiseSchedule,
     prediction_type: str,
@@ -64,15 +78,10 @@ def predicted_x_start(
     t: jax.Array,
 ) -> jax.Array:
     """x_0 implied by the network's prediction at x_t."""
-    check_choice("prediction type", prediction_type, PREDICTION_TYPES)
+    from_x_t, from_prediction = x_start_coefficients(schedule, prediction_type)
     if prediction_type == "x_start":
         return prediction
-    if prediction_type == "noise":
-        inverse = 1.0 / schedule.alphas_cumprod
-        scale, shift = np.sqrt(inverse), np.sqrt(inverse - 1.0)
-        return at(scale, t, x_t.ndim) * x_t - at(shift, t, x_t.ndim) * prediction
-    signal_scale, noise_scale = signal_and_noise_scale(schedule, t, x_t.ndim)
-    return signal_scale * x_t - noise_scale * prediction
+    return at(from_x_t, t, x_t.ndim) * x_t + at(from_prediction, t, x_t.ndim) * prediction
 
 
 def predicted_noise(

@@ -10,6 +10,10 @@ import numpy as np
 from cfjax.errors import UserError, check_choice
 
 NOISE_SCHEDULES = ("linear", "cosine")
+TIMESTEP_SPACINGS = ("linear", "quadratic", "karras", "logsnr")
+
+# The exponent of the noise levels of EDM (Karras et al. 2022, eq. 5).
+_KARRAS_RHO = 7.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,25 +125,66 @@ def make_noise_schedule(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
     return NoiseSchedule(betas, np.arange(num_timesteps, dtype=np.int32))
 
 
-def respace(schedule: NoiseSchedule, respacing: str | int) -> NoiseSchedule:
+def respace(
+    schedule: NoiseSchedule, respacing: str | int, spacing: str = "linear"
+) -> NoiseSchedule:
     """The schedule seen at fewer timesteps, with the same ᾱ there (improved DDPM section 4).
 
     Args:
       schedule: a schedule of T timesteps.
-      respacing: "250" (that many, evenly from 0 to T - 1), "ddim50" (a constant integer stride) or
-        "10,15,20" (that many in each of three equal sections).
+      respacing: how many: "250", or with `spacing` "linear" also "ddim50" (a constant integer
+        stride) or "10,15,20" (that many in each of three equal sections).
+      spacing: where, always from 0 to T - 1: "linear": evenly in t; "quadratic": evenly in sqrt(t)
+        (DDIM appendix D.2); "karras": evenly in σ^(1/7) of σ = sqrt((1 - ᾱ) / ᾱ) (EDM eq. 5);
+        "logsnr": evenly in log SNR (DPM-Solver section 3.4).
 
     Raises:
-      UserError: the text is malformed, or asks for more timesteps than there are.
+      UserError: unknown spacing, malformed text, or more timesteps asked for than there are.
     """
-    kept = np.asarray(respaced_timesteps(schedule.num_timesteps, str(respacing)), np.int32)
+    check_choice("timestep spacing", spacing, TIMESTEP_SPACINGS)
+    if spacing == "linear":
+        timesteps = respaced_timesteps(schedule.num_timesteps, str(respacing))
+    else:
+        timesteps = _spaced_timesteps(schedule, str(respacing), spacing)
+    kept = np.asarray(timesteps, np.int32)
     alphas_cumprod = schedule.alphas_cumprod[kept]
     betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
     return NoiseSchedule(betas, schedule.timestep_map[kept])
 
 
+def _spaced_timesteps(schedule: NoiseSchedule, respacing: str, spacing: str) -> np.ndarray:
+    if not respacing.isdecimal() or int(respacing) < 1:
+        raise UserError(
+            f"respacing {respacing!r} is not understood with {spacing} timestep spacing; write a "
+            "number of denoising steps such as '50'."
+        )
+    count, num_timesteps = int(respacing), schedule.num_timesteps
+    if count > num_timesteps:
+        raise UserError(_too_many(respacing, count, num_timesteps))
+    if count == 1:
+        return np.zeros(1, np.int64)
+    if spacing == "quadratic":
+        nearest = np.rint(np.linspace(0.0, np.sqrt(num_timesteps - 1), count) ** 2)
+    else:
+        log_sigma = -0.5 * np.log(schedule.snr)
+        if spacing == "karras":
+            ends = np.exp(log_sigma[[0, -1]] / _KARRAS_RHO)
+            wanted = _KARRAS_RHO * np.log(np.linspace(*ends, count))
+        else:
+            wanted = np.linspace(log_sigma[0], log_sigma[-1], count)
+        nearest = np.searchsorted((log_sigma[1:] + log_sigma[:-1]) / 2, wanted)
+    return _moved_apart(nearest.astype(np.int64), num_timesteps)
+
+
+def _moved_apart(timesteps: np.ndarray, num_timesteps: int) -> np.ndarray:
+    # Each at least one above the last, then as low as leaves room for those that follow.
+    rank = np.arange(len(timesteps))
+    distinct = np.maximum.accumulate(timesteps - rank) + rank
+    return np.minimum(distinct, num_timesteps - len(timesteps) + rank)
+
+
 def respaced_timesteps(num_timesteps: int, respacing: str) -> list[int]:
-    """The kept timesteps, increasing; see `respace`."""
+    """The kept timesteps of "linear" spacing, increasing; see `respace`."""
     malformed = UserError(
         f"respacing {respacing!r} is not understood; write a number of denoising steps such as "
         "'250', 'ddim50' for a constant stride, or sections such as '10,15,20'."
