@@ -34,7 +34,7 @@ def define_config_flag(required: bool = True) -> flags.FlagHolder:
 
 
 def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses a command line.
+    """Parses a command line; a dash in the name of a flag is an underscore: `--batch-size=8`.
 
     Returns:
       The program's name and what is not a flag.
@@ -42,6 +42,7 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     Raises:
       UserError: a flag, a config file, a variant, a config key or a value that is not understood.
     """
+    argv = [_with_underscores(argument) for argument in argv]
     config = None
     if "config" in flag_values:
         path = _argument(argv, "config")
@@ -49,6 +50,13 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
             config = _load_file(path)
             _check_keys(config, (match[1] for match in map(_OVERRIDE.match, argv) if match))
     return _parse(flag_values, argv, config)
+
+
+def _with_underscores(argument: str) -> str:
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def load_config(path: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> ConfigDict:

@@ -17,8 +17,13 @@ from cfjax.data.images import to_uint8
 from cfjax.metric_log import METRICS_FILE, read_metrics
 from cfjax.models.patches import unpatchify
 from cfjax.paths import absolute
-from cfjax.sample import define_sampling_flags, integers, sampling_overrides
-from cfjax.sampler import Sampler, load
+from cfjax.sampler import Sampler
+from cfjax.sampling_flags import (
+    define_sampling_flags,
+    integers,
+    load_sampler,
+    sampling_overrides,
+)
 from cfjax.visualization import (
     emerging_images,
     paint_missing,
@@ -51,19 +56,24 @@ def samples_by_ar_steps(
 def factorization_plane(
     sampler: Sampler, label: int, num_ar_steps: int, seed: int, overrides: dict
 ) -> tuple[np.ndarray, list[int]]:
-    """Frames uint8 `[AR steps, noise levels, H, W, 3]` and the timestep of each column."""
-    trajectory, schedule = sampler.trajectory(label, seed, num_ar_steps=num_ar_steps, **overrides)
-    last = schedule.num_timesteps - 1
-    denoising_steps = np.unique(np.linspace(0, last, NUM_NOISE_LEVELS).round().astype(int))
-    frames = emerging_images(
-        trajectory.token_order[0], [x[:, 0] for x in trajectory.x_t], list(denoising_steps)
-    )
+    """Frames uint8 `[AR steps, noise levels, H, W, 3]` and the timestep of each column.
+
+    Where AR steps differ in denoising steps, the timesteps are those of the first.
+    """
+    trajectory, settings = sampler.trajectory(label, seed, num_ar_steps=num_ar_steps, **overrides)
+    shown = [
+        np.linspace(0, schedule.num_timesteps - 1, NUM_NOISE_LEVELS).round().astype(int)
+        for schedule in settings.schedules
+    ]
+    if all(schedule == settings.schedules[0] for schedule in settings.schedules):
+        shown = [np.unique(shown[0])] * len(shown)
+    frames = emerging_images(trajectory.token_order[0], [x[:, 0] for x in trajectory.x_t], shown)
     flat = frames.reshape(-1, *frames.shape[2:])
     generated = unpatchify(flat, sampler.config.model.patch_size, sampler.model.grid)
     images = sampler.to_images(np.asarray(generated))
     rgb = paint_missing(images, to_uint8(np.nan_to_num(images)))
     # After denoising step d the sample is at the timestep that comes next; clean at the end.
-    timesteps = np.append(schedule.timestep_map[::-1], 0)[denoising_steps + 1]
+    timesteps = np.append(settings.schedules[0].timestep_map[::-1], 0)[shown[0] + 1]
     return rgb.reshape(*frames.shape[:2], *rgb.shape[1:]), timesteps.tolist()
 
 
@@ -71,7 +81,7 @@ def main(_: Sequence[str]) -> None:
     """Runs the program."""
     values = flags.FLAGS.flag_values_dict()
     out, seed, overrides = Path(values["out"]), values["seed"], sampling_overrides()
-    sampler = load(values["checkpoint"], values["train_step"], autoencoder=values["autoencoder"])
+    sampler = load_sampler()
     model = sampler.model
     ar_steps = integers("ar_steps", values["ar_steps"]) or default_ar_steps(
         model.num_tokens, model.grid[0]
@@ -104,7 +114,7 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """Defines the program's flags."""
-    define_sampling_flags()
+    define_sampling_flags(one_number_of_ar_steps=False)
     flags.DEFINE_string("out", None, "Folder of the pictures.", required=True)
     flags.DEFINE_list("ar_steps", [], "Columns of samples.png; by default 1 to L.")
     flags.DEFINE_integer("class", 3, "Class of the image of factorization_plane.png.")

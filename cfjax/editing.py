@@ -102,7 +102,9 @@ def random_tokens(keys: jax.Array, ratio: float, grid: tuple[int, int]) -> np.nd
     return np.asarray(rank < jnp.int32(round(ratio * num_tokens)))
 
 
-def generated_pixels(is_known: np.ndarray, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+def generated_pixels(
+    is_known: np.ndarray, size: tuple[int, int], grid: tuple[int, int]
+) -> np.ndarray:
     """The pixels that are generated anew: bool `[..., H, W]` of kept tokens bool `[..., L]`."""
     generated = ~is_known.reshape(*is_known.shape[:-1], *grid)
     for axis in (0, 1):

@@ -29,14 +29,14 @@ from cfjax.evaluation.classifier import load_or_train
 from cfjax.evaluation.report import Report, floor_distance, score
 from cfjax.evaluation.statistics import FeatureStatistics
 from cfjax.models.autoencoder_kl import AutoencoderKL
-from cfjax.sample import (
+from cfjax.generation_request import labels_of
+from cfjax.sample import Part, stream_with_progress
+from cfjax.sampling_flags import (
     define_device_flags,
     define_sampling_flags,
     integers,
-    labels_of,
     load_sampler,
     sampling_overrides,
-    stream_with_progress,
 )
 
 # Name of a row, batches of images uint8 [n, H, W, C] with labels [n] or None.
@@ -111,17 +111,22 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
     seed, batch_size = values["seed"], values["batch_size"]
 
     def samples() -> Iterator[Samples]:
-        for num_ar_steps, stream_args in settings.items():
-            batches = stream_with_progress(sampler, labels, seed, batch_size, stream_args)
+        for num_ar_steps, of_row in settings.items():
+            batches = stream_with_progress(sampler, [Part(labels, of_row)], seed, batch_size)
             yield f"S = {num_ar_steps}", batches
 
     train_step = find(values["checkpoint"], values["train_step"]).name
-    chosen, schedule = settings[ar_steps[0]]
+    chosen = settings[ar_steps[0]]
+    guidance, resolved = chosen.guidance, sampler.config.sampling.copy_and_resolve_references()
+    resolved.update(overrides)
+    steps = resolved.denoising_steps
     protocol = {
         "checkpoint": f"{values['checkpoint']}, train step {train_step}, EMA",
-        "sampler": f"{schedule.num_timesteps} denoising steps of {chosen.solver.name} for each AR"
-        f" step ({_solver_details(chosen.solver)}), token order {chosen.token_order}, guidance"
-        f" {chosen.guidance.scale:g} in {chosen.guidance.interval}",
+        "sampler": f"{steps} denoising steps, {resolved.timestep_spacing}, of {chosen.solver.name} for"
+        f" each AR step ({_solver_details(chosen.solver)}), AR steps {resolved.split}, token order"
+        f" {chosen.token_order}",
+        "guidance": f"{guidance.scale:g} in {guidance.interval}, {guidance.schedule} over AR steps,"
+        f" power {guidance.power:g} over t, by {values['guide'] or 'the null class'}",
         "rounding": "uint8, truncated",
         "seed": seed,
     }
@@ -129,8 +134,15 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
 
 
 def _solver_details(solver: Solver) -> str:
-    rule = f"eta {solver.eta:g}" if solver.name == "ddim" else f"variance {solver.variance}"
-    return f"{rule}, x_0 clipped" if solver.clip_x_start else rule
+    details = {"ddim": [f"eta {solver.eta:g}"], "ddpm": [f"variance {solver.variance}"]}
+    details = details.get(solver.name, [])
+    if solver.needs_noise:
+        details.append(f"temperature {solver.temperature:g}")
+    if solver.clip_x_start:
+        details.append("x_0 clipped")
+    if solver.dynamic_threshold:
+        details.append(f"x_0 thresholded at {solver.dynamic_threshold:g}")
+    return ", ".join(details) or "x_0 as predicted"
 
 
 def _dataset_name(config: ConfigDict) -> str:
@@ -211,7 +223,7 @@ def main(_: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """Defines the program's flags."""
-    define_sampling_flags(checkpoint_is_required=False)
+    define_sampling_flags(checkpoint_is_required=False, one_number_of_ar_steps=False)
     define_device_flags()
     flags.DEFINE_string("samples", None, "Instead of a checkpoint: a .npz or a folder of images.")
     define_config_flag(required=False)

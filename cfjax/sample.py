@@ -1,158 +1,188 @@
 """Generates images: `python -m cfjax.sample --checkpoint runs/mnist --out samples.png`.
 
 `--out` is a picture of all samples (`.png`), an array file as the ADM suite reads it (`.npz`, images
-in `arr_0`, classes in `labels`), or a folder of PNGs. Image i depends on the seed, i and its class
-alone.
+in `arr_0`, classes in `labels`), a set that training reads (`.array_record`), or a folder of PNGs.
+Image i depends on the seed, i and its class alone, to the bit. Images are written as they come; run
+again, a killed run goes on where it was.
+
+A JSON beside the output says how it was made; `--from_json` makes the same bytes again.
 """
 
+import collections
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import flags, logging
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from cfjax import program, sharding
-from cfjax.data.image_files import write_npz, write_png
+from cfjax import program, sampling
 from cfjax.errors import UserError
-from cfjax.sampler import Sampler, load
-from cfjax.visualization import image_grid
+from cfjax.generation_request import (
+    Request,
+    check_recipe,
+    recipe_of,
+    request_from_flags,
+    request_from_recipe,
+)
+from cfjax.sample_outputs import open_output, read_recipe
+from cfjax.sampler import Sampler
+from cfjax.sampling_flags import (
+    define_device_flags,
+    define_sampling_flags,
+    mesh_from_flags,
+    refuse_other_flags,
+)
+
+# Flags that a recipe has values for, besides those of sampling.
+OF_REQUEST = (
+    *("classes", "num_samples", "autoencoder", "guide"),
+    *("images", "source_classes", "source_seed", "keep", "keep_box", "keep_ratio"),
+)
 
 
-def define_sampling_flags(checkpoint_is_required: bool = True) -> None:
-    """Defines the flags that `sampling_overrides` reads, and those of which checkpoint and keys."""
-    flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "A run's workdir, or one checkpoint.",
-        required=checkpoint_is_required,
-    )
-    flags.DEFINE_integer("train_step", None, "Which checkpoint; the latest by default.")
-    flags.DEFINE_string("autoencoder", None, "Folder; by default that of the checkpoint's config.")
-    flags.DEFINE_integer("seed", 0, "Of the noise and the token orders.")
-    flags.DEFINE_integer("batch_size", 256, "Images at a time.", lower_bound=1)
-    flags.DEFINE_string("token_order", None, "random, raster, block_raster or dilated.")
-    flags.DEFINE_string("denoising_steps", None, "For each AR step: 250, ddim50 or 10,15,20.")
-    flags.DEFINE_string("solver", None, "ddpm or ddim.")
-    flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; 1 for none.")
-    flags.DEFINE_list("guidance_interval", None, "Guided where LOW <= t < HIGH: LOW,HIGH.")
+class Part(NamedTuple):
+    """Images that are made in one way; `known` tokens are those of an edit."""
 
-
-def define_device_flags() -> None:
-    """Defines the flags of the mesh and of several processes."""
-    flags.DEFINE_integer("fsdp", 1, "Devices over which the parameters are split.")
-    flags.DEFINE_integer("tensor", 1, "Devices over which heads and MLP are split.")
-    program.define_distributed_flags()
-
-
-def load_sampler() -> Sampler:
-    """The checkpoint that the flags name, on the mesh that they name."""
-    values = flags.FLAGS.flag_values_dict()
-    mesh = sharding.make_mesh(fsdp=values["fsdp"], tensor=values["tensor"])
-    return load(values["checkpoint"], values["train_step"], mesh, values["autoencoder"])
-
-
-def sampling_overrides() -> dict[str, Any]:
-    """The fields of `config.sampling` that flags override."""
-    values = flags.FLAGS.flag_values_dict()
-    names = ("token_order", "denoising_steps", "solver", "guidance_scale", "guidance_interval")
-    overrides = {name: values[name] for name in names if values[name] is not None}
-    if "guidance_interval" in overrides:
-        overrides["guidance_interval"] = integers(
-            "guidance_interval", overrides["guidance_interval"], 2
-        )
-    return overrides
-
-
-def integers(name: str, texts: Sequence[str], count: int | None = None) -> tuple[int, ...]:
-    """A flag's list of integers.
-
-    Raises:
-      UserError: one is not an integer, or there are not `count`.
-    """
-    try:
-        values = tuple(int(text) for text in texts)
-    except ValueError:
-        raise UserError(
-            f"--{name}={','.join(texts)} must be integers with commas between."
-        ) from None
-    if count is not None and len(values) != count:
-        raise UserError(f"--{name}={','.join(texts)} must be {count} integers.")
-    return values
-
-
-def labels_of(classes: Sequence[int], num_samples: int, num_classes: int) -> np.ndarray:
-    """The class of each sample: the given ones, or all, over and over; int32 `[num_samples]`."""
-    cycle = np.asarray(classes if len(classes) else np.arange(num_classes), np.int32)
-    return np.resize(cycle, num_samples)
+    labels: np.ndarray
+    settings: sampling.SamplingSettings
+    known: sampling.Known | None = None
 
 
 def stream_with_progress(
-    sampler: Sampler, labels: np.ndarray, seed: int, batch_size: int, stream_args: tuple[Any, Any]
+    model: Sampler, parts: Sequence[Part], seed: int, batch_size: int, num_done: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields batches of images uint8 `[n, H, W, C]` and their labels; a bar shows rate and ETA.
 
-    `stream_args` are from `Sampler.settings`.
+    The parts come one after the other, the indices of each from 0. The first `num_done` images are
+    left out, as they are there.
     """
-    done = 0
+    total = sum(len(part.labels) for part in parts)
     with tqdm(
-        total=len(labels),
+        total=total,
+        initial=num_done,
         unit="image",
-        desc=f"{len(stream_args[0].split_sizes)} AR steps",
+        desc=f"{len(parts[0].settings.split_sizes)} AR steps",
         disable=jax.process_index() != 0,
         file=sys.stderr,
     ) as bar:
-        for images in sampler.stream(labels, *stream_args, seed=seed, batch_size=batch_size):
-            bar.update(len(images))
-            yield images, labels[done : done + len(images)]
-            done += len(images)
+        for labels, settings, known in parts:
+            done, num_done = min(num_done, len(labels)), max(num_done - len(labels), 0)
+            if done == len(labels):
+                continue
+            rest = known and sampling.Known(*(rows[done:] for rows in known))
+            for images in model.stream(labels[done:], settings, seed, done, batch_size, rest):
+                bar.update(len(images))
+                yield images, labels[done : done + len(images)]
+                done += len(images)
+
+
+def asked_for(name: str, from_flags: Callable[[], Request]) -> tuple[Request, dict | None]:
+    """The request, and the JSON that it is from, if it is.
+
+    Args:
+      name: of the program.
+      from_flags: the request that the flags make.
+
+    Raises:
+      UserError: flags that contradict each other, or a JSON of something else.
+    """
+    values = flags.FLAGS.flag_values_dict()
+    path = values["from_json"]
+    if path is None:
+        if values["checkpoint"] is None:
+            raise UserError("pass --checkpoint, or --from_json to repeat what was made before.")
+        return from_flags(), None
+    refuse_other_flags("--from_json says how to sample", OF_REQUEST)
+    document = read_recipe(path)
+    if document["recipe"].get("program") != name:
+        raise UserError(f"{path} is of {document['recipe'].get('program')}; repeat it with that.")
+    return request_from_recipe(document["recipe"], values["checkpoint"]), document
+
+
+def write(
+    recipe: dict, repeated: dict | None, model: Sampler, parts: Sequence[Part], seed: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Makes the output that the flags name, or what an earlier run left of it.
+
+    All processes call it; the first writes.
+
+    Args:
+      recipe: of the images.
+      repeated: the JSON of those that are made again, or None.
+      model: that makes them.
+      parts: of the output, one after the other.
+      seed: of the noise and the token orders.
+
+    Yields:
+      Batches as they are written: the index of the first image, and images uint8 `[n, H, W, C]`.
+
+    Raises:
+      UserError: another run is there, or it can't be written to.
+    """
+    values = flags.FLAGS.flag_values_dict()
+    out, num_samples = Path(values["out"]), sum(len(part.labels) for part in parts)
+    if repeated is not None:
+        check_recipe(repeated["recipe"], recipe)
+    output = None
+    if jax.process_index() == 0:
+        program.check_workdir_writable(out.absolute().parent)
+        output = open_output(out, recipe, model.image_shape, num_samples, values["overwrite"])
+        if output.is_complete:
+            logging.info("All images are in %s already.", out)
+    num_done = output.num_done if output is not None else 0
+    if jax.process_count() > 1:
+        num_done = int(multihost_utils.broadcast_one_to_all(np.int32(num_done)))
+    batches = stream_with_progress(model, parts, seed, values["batch_size"], num_done)
+    for images, labels in batches:
+        if output is not None:
+            output.append(images, labels)
+        yield num_done, images
+        num_done += len(images)
+    if output is None:
+        return
+    made = output.finish()
+    logging.info("%d images are in %s.", num_samples, out)
+    if repeated is not None:
+        is_same = made["results"]["images_sha256"] == repeated["results"]["images_sha256"]
+        (logging.info if is_same else logging.warning)(
+            "The images are %s those of %s.",
+            "to the byte" if is_same else "not to the byte",
+            values["from_json"],
+        )
 
 
 def main(_: Sequence[str]) -> None:
     """Runs the program."""
     program.initialize_distributed()
-    values = flags.FLAGS.flag_values_dict()
-    out = Path(values["out"])
-    sampler = load_sampler()
-    overrides = sampling_overrides()
-    if values["num_ar_steps"] is not None:
-        overrides["num_ar_steps"] = values["num_ar_steps"]
-    split_sizes = integers("split_sizes", values["split_sizes"])
-    stream_args = sampler.settings(overrides, split_sizes)
-    num_classes = sampler.model.num_classes
-    labels = labels_of(integers("classes", values["classes"]), values["num_samples"], num_classes)
-    labels = sampler.check_labels(labels)
-    folder = out if out.suffix not in (".png", ".npz") else out.parent
-    program.check_workdir_writable(folder)
-
-    batches = stream_with_progress(
-        sampler, labels, values["seed"], values["batch_size"], stream_args
+    request, repeated = asked_for(
+        "cfjax.sample", lambda: request_from_flags(flags.FLAGS["num_samples"].value)
     )
-    images = np.concatenate([images for images, _ in batches])
-    if jax.process_index() != 0:
-        return
-    if out.suffix == ".png":
-        write_png(out, image_grid(images, num_columns=min(10, len(images))))
-    elif out.suffix == ".npz":
-        write_npz(out, images, labels)
-    else:
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            write_png(out / f"{index:06d}_class{label}.png", image)
-    logging.info("%d samples are in %s.", len(images), out)
+    model = request.load(mesh_from_flags())
+    settings = request.settings(model)
+    part = Part(request.labels(model), settings)
+    recipe = recipe_of("cfjax.sample", request, model, settings)
+    collections.deque(write(recipe, repeated, model, [part], request.seed), maxlen=0)
+
+
+def define_output_flags() -> None:
+    """Defines the flags of what is written."""
+    flags.DEFINE_string("out", None, "A .png, a .npz, a .array_record or a folder.", required=True)
+    flags.DEFINE_bool("overwrite", False, "Replace the output of another run.")
+    flags.DEFINE_list("classes", [], "Classes of the images, over and over.")
+    flags.DEFINE_string("from_json", None, "The JSON of an output, to make the same bytes again.")
 
 
 def define_flags() -> None:
     """Defines the program's flags."""
-    define_sampling_flags()
+    define_sampling_flags(checkpoint_is_required=False)
     define_device_flags()
-    flags.DEFINE_string("out", None, "A .png, a .npz or a folder.", required=True)
+    define_output_flags()
     flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1)
-    flags.DEFINE_list("classes", [], "Classes, over and over; all by default.")
-    flags.DEFINE_integer("num_ar_steps", None, "S, equal AR steps.")
-    flags.DEFINE_list("split_sizes", [], "Tokens of each AR step, instead of num_ar_steps.")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ class SamplingSettings:
         """Whether a weaker prediction is needed anywhere."""
         return any(self.guidance.is_guided(it.timestep_map).any() for it in self.schedules)
 
-
     @property
     def num_rows(self) -> int:
         """Rows of an image in the KV cache, without autoguidance."""

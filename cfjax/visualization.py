@@ -13,6 +13,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
+
+MISSING = np.array([90, 120, 170], np.uint8)  # the colour of what is yet to come
 
 
 def image_grid(images: np.ndarray, num_columns: int, margin: int = 2) -> np.ndarray:
@@ -34,6 +37,42 @@ def image_grid(images: np.ndarray, num_columns: int, margin: int = 2) -> np.ndar
     padded[:count, margin : margin + height, margin : margin + width] = images
     rows = padded.reshape(num_rows, num_columns, *padded.shape[1:]).transpose(0, 2, 1, 3, 4)
     return rows.reshape(num_rows * padded.shape[1], num_columns * padded.shape[2], channels)
+
+
+def edit_strip(images: np.ndarray, is_generated: np.ndarray, edited: np.ndarray) -> np.ndarray:
+    """A row an image: before, then for each part the mask and after; what is generated is blue.
+
+    Args:
+      images: uint8 `[N, H, W, C]`.
+      is_generated: bool `[parts, N, H, W]`.
+      edited: uint8 `[parts, N, H, W, C]`.
+
+    Returns:
+      uint8 `[height, width, 3]`.
+    """
+    before = np.broadcast_to(images, (*images.shape[:3], 3))
+    columns = [before]
+    for mask, after in zip(is_generated, edited, strict=True):
+        columns.append(np.where(mask[..., None], MISSING, before))
+        columns.append(np.broadcast_to(after, before.shape))
+    rows = np.stack(columns, axis=1)
+    return image_grid(rows.reshape(-1, *rows.shape[2:]), num_columns=len(columns))
+
+
+def save_gif(path: str | PathLike, frames: np.ndarray, seconds: float, scale: int = 1) -> None:
+    """An animation that repeats, its last frame for a second longer.
+
+    Args:
+      path: of the GIF.
+      frames: uint8 `[N, H, W, 1 or 3]`.
+      seconds: that a frame is shown.
+      scale: pixels of the GIF for one of the frames.
+    """
+    pixels = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    pictures = [Image.fromarray(it.squeeze(-1) if it.shape[-1] == 1 else it) for it in pixels]
+    durations = [round(1000 * seconds)] * len(pictures)
+    durations[-1] += 1000
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 def save_samples_by_ar_steps(
@@ -131,26 +170,26 @@ def save_factorization_plane(
 
 
 def emerging_images(
-    token_order: np.ndarray, x_t: Sequence[np.ndarray], denoising_steps: Sequence[int]
+    token_order: np.ndarray, x_t: Sequence[np.ndarray], denoising_steps: Sequence[Sequence[int]]
 ) -> np.ndarray:
     """The tokens of one image along both axes, from a `sampling.Trajectory`.
 
     Args:
       token_order: `[L]`.
       x_t: one array an AR step, `[denoising steps, tokens of the AR step, token_width]`.
-      denoising_steps: which denoising steps to take.
+      denoising_steps: which denoising steps to take of each AR step, of all as many.
 
     Returns:
-      `[AR steps, len(denoising_steps), L, token_width]` in grid order: clean tokens of the AR steps
+      `[AR steps, noise levels, L, token_width]` in grid order: clean tokens of the AR steps
       before, the noised tokens of this one, NaN for those to come.
     """
     width = x_t[0].shape[-1]
     sequence = np.full((len(token_order), width), np.nan, np.float32)
-    frames = np.empty((len(x_t), len(denoising_steps), len(token_order), width), np.float32)
+    frames = np.empty((len(x_t), len(denoising_steps[0]), len(token_order), width), np.float32)
     begin = 0
     for ar_step, tokens in enumerate(x_t):
         end = begin + tokens.shape[1]
-        for column, denoising_step in enumerate(denoising_steps):
+        for column, denoising_step in enumerate(denoising_steps[ar_step]):
             sequence[begin:end] = tokens[denoising_step]
             frames[ar_step, column][token_order] = sequence
         sequence[begin:end] = tokens[-1]
@@ -170,7 +209,7 @@ def paint_missing(images: np.ndarray, shown: np.ndarray) -> np.ndarray:
     """
     missing = np.isnan(images).any(-1, keepdims=True)
     rgb = np.broadcast_to(shown, (*shown.shape[:-1], 3))
-    return np.where(missing, np.array([90, 120, 170], np.uint8), rgb)
+    return np.where(missing, MISSING, rgb)
 
 
 def _show(ax: plt.Axes, image: np.ndarray) -> None:

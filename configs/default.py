@@ -102,9 +102,7 @@ def get_config() -> ConfigDict:
     config.sampling.num_ar_steps = 1  # S
     config.sampling.split = "equal"  # sizes of the AR steps, or "cosine": few tokens first
     config.sampling.token_order = "random"  # or "raster", "block_raster", "dilated"
-    config.sampling.denoising_steps = (
-        "250"  # of each AR step: "250", "ddim50", sections "10,15,20", or by AR step "50/20", "50:10"
-    )
+    config.sampling.denoising_steps = "250"  # of each AR step: "250", "ddim50", sections "10,15,20", or by AR step "50/20", "50:10"
     config.sampling.timestep_spacing = "linear"  # or "quadratic", "karras", "logsnr"
     config.sampling.solver = "ddpm"  # or "ddim", "dpmpp_2m", "dpmpp_2m_sde"
     config.sampling.variance = "fixed_large"  # of "ddpm", or "fixed_small"

@@ -171,7 +171,12 @@ def read_images(path: str | PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     return images, labels
 
 
-def _read_folder(folder: Path) -> np.ndarray:
+def image_paths(folder: Path) -> list[Path]:
+    """The images in a folder, by name.
+
+    Raises:
+      UserError: there is none.
+    """
     files = sorted(
         path
         for path in folder.iterdir()
@@ -179,6 +184,11 @@ def _read_folder(folder: Path) -> np.ndarray:
     )
     if not files:
         raise UserError(f"the folder {folder} has no images ({', '.join(EXTENSIONS)}).")
+    return files
+
+
+def _read_folder(folder: Path) -> np.ndarray:
+    files = image_paths(folder)
     first = _read_pixels(files[0])
     images = np.empty((len(files), *first.shape), np.uint8)
     pixels_of_all = map_with_progress(_read_pixels, files, f"reading {folder}")
