@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from jax.scipy.special import ndtr
 
-from cfjax.diffusion import process, solvers
+from cfjax.diffusion import process
 from cfjax.diffusion.schedule import (
     TIMESTEP_SPACINGS,
     make_noise_schedule,
     respace,
     respaced_timesteps,
 )
-from cfjax.diffusion.solvers import Solver, denoising_step, step_coefficients
+from cfjax.diffusion.solvers import SOLVERS, Solver, denoising_step, step_coefficients
 from cfjax.errors import UserError
 
 LINEAR, COSINE = make_noise_schedule("linear"), make_noise_schedule("cosine")
@@ -172,7 +172,7 @@ def test_order_of_the_deterministic_solvers(name, order, target, prediction_type
     """The probability-flow ODE in one dimension keeps a sample at its quantile.
 
     Compared at the least noisy level: the last jump, to σ = 0, is the same however many came
-    before. Slopes measured within 0.05 of the order.
+    before. Slopes measured within 0.08 of the order.
     """
     solver, errors = Solver(name, prediction_type), []
     for num_denoising_steps in NUMBERS_OF_DENOISING_STEPS:
@@ -186,7 +186,6 @@ def test_order_of_the_deterministic_solvers(name, order, target, prediction_type
                     solver, schedule, target.x_start, None, x, last_index=1
                 )
             )(start[:, None])[:, 0]
-            # As a displacement of the sample that the quantile asks for (dF = density dx).
             quantile = target.cdf(start, signal[-1], sigma[-1])
             error = target.cdf(end, signal[0], sigma[0]) - quantile
             errors.append(float(jnp.abs(error).max()))
@@ -381,8 +380,8 @@ def test_refused_solvers(fields, words):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_solver_is_known_by_its_name():
-    assert {Solver(name).name for name in solvers.SOLVERS} == set(solvers.SOLVERS)
+def test_every_solver_is_tested_here():
+    assert {fields["name"] for fields in RULES.values()} == set(SOLVERS)
 
 
 def log_sigma(schedule):
