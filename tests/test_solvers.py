@@ -138,7 +138,7 @@ def test_samples_have_the_distribution_of_the_target(rule, prediction_type, targ
     samples = np.asarray(draw(solver, target_name, sampling_noise()), np.float64)
     deviation = np.sqrt(target.variance)
     assert (np.abs(samples.mean(0) - target.mean) < deviation * (four_errors + 0.03)).all()
-    # The variance of the squares is at most that of a Gaussian's: modes apart have flat tails.
+    # Squares vary most for a Gaussian, by sqrt(2) of the variance: modes far apart have no tails.
     error = np.abs(samples.var(0) / target.variance - 1)
     assert (error < np.sqrt(2) * four_errors + 0.03).all()
     if len(target.weights) > 1:
