@@ -161,7 +161,8 @@ def denoising_step(
       noise: standard normal, same shape; None for a solver that isn't `needs_noise`.
 
     Returns:
-      (next less noisy sample, predicted x_0), both of the shape of x_t; equal at index 0.
+      (next less noisy sample, predicted x_0), both of the shape of x_t; at index 0 the same but
+      for the compiler's rounding.
     """
     x_t = jnp.asarray(x_t)
 
