@@ -14,6 +14,7 @@ GROUND = "ground floor"
 PROGRAMS = [
     *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
     *("sample", "evaluate", "draw", "prepare_images"),
+    *("sample_outputs", "sample_places", "sample_recipe", "sample_working_folder"),
     *("encode", "encode_verify"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
 ]

@@ -6,11 +6,11 @@ import os
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -115,8 +115,19 @@ def write_png(path: str | PathLike, image: np.ndarray) -> None:
     Raises:
       UserError: the file can't be written.
     """
+    write_whole(path, lambda file: _save_png(file, image))
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """The bytes of a PNG file of uint8 `[H, W, 1 or 3]`."""
+    encoded = io.BytesIO()
+    _save_png(encoded, image)
+    return encoded.getvalue()
+
+
+def _save_png(file: BinaryIO, image: np.ndarray) -> None:
     pixels = image[..., 0] if image.shape[-1] == 1 else image
-    _write_whole(Path(path), lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+    Image.fromarray(pixels).save(file, format="PNG")
 
 
 def write_npz(path: str | PathLike, images: np.ndarray, labels: np.ndarray) -> None:
@@ -125,10 +136,58 @@ def write_npz(path: str | PathLike, images: np.ndarray, labels: np.ndarray) -> N
     Raises:
       UserError: the file can't be written.
     """
-    _write_whole(Path(path), lambda file: np.savez(file, arr_0=images, labels=labels))
+    write_whole(path, lambda file: np.savez(file, arr_0=images, labels=labels))
 
 
-def _write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_npz_stream(
+    path: str | PathLike,
+    batches: Iterable[np.ndarray],
+    image_shape: tuple[int, int, int],
+    labels: np.ndarray,
+) -> None:
+    """Writes the bytes that `write_npz` writes, with one batch of images in memory at a time.
+
+    Args:
+      path: of the file.
+      batches: uint8 `[n, H, W, C]` each, together as many images as there are labels.
+      image_shape: `(H, W, C)`.
+      labels: int `[N]`.
+
+    Raises:
+      UserError: the file can't be written.
+      ValueError: there are more or fewer images than labels.
+    """
+    write_whole(path, lambda file: _stream_npz(file, batches, image_shape, labels))
+
+
+def _stream_npz(
+    file: BinaryIO,
+    batches: Iterable[np.ndarray],
+    image_shape: tuple[int, int, int],
+    labels: np.ndarray,
+) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *image_shape)}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        # Its size is known at the end only, so that ZIP64 is forced, as np.savez does too.
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            count = 0
+            for images in batches:
+                member.write(images.tobytes())
+                count += len(images)
+        if count != len(labels):
+            raise ValueError(f"{count} images for {len(labels)} labels")
+        with archive.open("labels.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, labels)
+
+
+def write_whole(path: str | PathLike, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file by `write`, whole or not at all: under a hidden name beside it at first.
+
+    Raises:
+      UserError: the file can't be written.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
