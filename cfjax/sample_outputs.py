@@ -168,12 +168,12 @@ def open_output(
 
 @contextlib.contextmanager
 def _one_sentence(out: Path, mend: str) -> Iterator[None]:
-    """Turns what the system or a writer says of a file into one sentence with a mend."""
+    """Says of the output, not of a part in a hidden folder, that it can't be written and the mend."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{out} can't be written: {error.strerror or error}; {mend}.") from error
-    except UserError as error:
-        if ";" in str(error):
+    except (OSError, UserError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError | RuntimeError):  # the latter is of array_record
             raise
-        raise UserError(f"{str(error).removesuffix('.')}; {mend}.") from error
+        reason = getattr(cause, "strerror", None) or cause
+        raise UserError(f"{out} can't be written: {reason}; {mend}.") from error
