@@ -28,8 +28,8 @@ from cfjax.errors import UserError
 from cfjax.evaluation.classifier import load_or_train
 from cfjax.evaluation.report import Report, floor_distance, score
 from cfjax.evaluation.statistics import FeatureStatistics
-from cfjax.models.autoencoder_kl import AutoencoderKL
 from cfjax.generation_request import labels_of
+from cfjax.models.autoencoder_kl import AutoencoderKL
 from cfjax.sample import Part, stream_with_progress
 from cfjax.sampling_flags import (
     define_device_flags,

@@ -52,5 +52,6 @@ def get_config() -> ConfigDict:
     config.sampling.solver = "ddim"
     config.sampling.clip_x_start = True
     config.sampling.guidance_scale = 2.0
+    config.sampling.images_per_device = 32
 
     return config

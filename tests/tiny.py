@@ -28,6 +28,7 @@ OVERRIDES = {
     "train.checkpoint_every": 3,
     "mesh.min_split_size": 0,  # all are split, small as they are
     "sampling.denoising_steps": "4",
+    "sampling.images_per_device": 4,
 }
 
 
