@@ -3,7 +3,7 @@
 The only room that imports matplotlib.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -132,6 +132,39 @@ def save_training_curves(path: str | PathLike, metrics: Sequence[dict[str, Any]]
             ax.set_yscale("log")
         if len(curves) > 1:
             ax.legend(fontsize=7)
+    _save(figure, path)
+
+
+def save_curves(
+    path: str | PathLike,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Panels of named curves side by side, logarithmic along x.
+
+    Args:
+      path: of the PNG.
+      panels: title -> name of a curve -> points.
+      x_label, y_label: of the axes.
+    """
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(3 * len(panels), 3),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            ax.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3, linewidth=1.2)
+        ax.set_title(title, fontsize=10)
+        ax.set_xscale("log")
+        ax.set_xlabel(x_label, fontsize=8)
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(y_label, fontsize=8)
+    axes[0, 0].legend(fontsize=7)
     _save(figure, path)
 
 
