@@ -25,7 +25,7 @@ def main(_: Sequence[str]) -> None:
     """Runs the benchmark."""
     config = flags.FLAGS["config"].value
     model, mesh = build.sampling_model(config), build.mesh(config)
-    settings, schedule = build.sampling_settings(config)
+    settings = build.sampling_settings(config)
     key = jax.random.key(config.seed)
     batch_size = config.train.global_batch_size
     with sharding.activate(mesh):
@@ -34,9 +34,7 @@ def main(_: Sequence[str]) -> None:
         keys = per_example_keys(key, jnp.arange(batch_size))
         labels, keys = jax.device_put((labels, keys), sharding.batch_sharding(mesh))
         compiled, trace_seconds, compile_seconds = measuring.compile_seconds(
-            functools.partial(
-                sampling.generate.lower, model, params, schedule, settings, labels, keys
-            )
+            functools.partial(sampling.generate.lower, model, params, settings, labels, keys)
         )
         matmul, matmul_flops = measuring.matmul_program(
             flags.FLAGS["matmul_size"].value, model.dtype
@@ -45,9 +43,9 @@ def main(_: Sequence[str]) -> None:
             lambda: compiled(params, labels, keys), matmul, flags.FLAGS["rounds"].value
         )
 
-    num_denoising_steps = schedule.num_timesteps
+    num_denoising_steps = sum(schedule.num_timesteps for schedule in settings.schedules)
     model_flops = batch_size * flops.sampling_flops(
-        model, settings.split_sizes, num_denoising_steps, settings.guidance.is_used
+        model, settings.split_sizes, settings.num_passes, settings.num_rows
     )
     rates = measuring.rates(times, model_flops, matmul_flops)
     measuring.report(
@@ -62,8 +60,7 @@ def main(_: Sequence[str]) -> None:
             "model_tflop": model_flops / 1e12,
             "images_per_second": batch_size / rates["seconds"],
             "tokens_per_second": batch_size * model.num_tokens / rates["seconds"],
-            "seconds_per_denoising_step": rates["seconds"]
-            / (len(settings.split_sizes) * num_denoising_steps),
+            "seconds_per_denoising_step": rates["seconds"] / num_denoising_steps,
             **rates,
             "trace_seconds": trace_seconds,
             "compile_seconds": compile_seconds,

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cfjax import build, build_data, checkpoints, mesh_autoencoder, sampling, sharding
+from cfjax import build, build_data, checkpoints, mesh_autoencoder, sharding
 from cfjax.config_loading import config_from_json
 from cfjax.errors import UserError
+from cfjax.guided_network import Network
 from cfjax.sampler import Sampler, override_sampling
 
 
@@ -82,11 +83,11 @@ def _read_config(directory: str | PathLike, train_step: int | None) -> ConfigDic
 
 def _restore(
     directory: str | PathLike, train_step: int | None, config: ConfigDict, mesh: jax.sharding.Mesh
-) -> sampling.Network:
+) -> Network:
     model = build.sampling_model(config)
     build.check_mesh_divides_model(config, mesh)
     abstract = sharding.abstract_sharded(build.init_sampling_params(model), mesh, jax.random.key(0))
-    return sampling.Network(model, checkpoints.restore_ema(directory, abstract, train_step))
+    return Network(model, checkpoints.restore_ema(directory, abstract, train_step))
 
 
 def _check_guide(

@@ -110,7 +110,7 @@ def sample_report(
 
     report = program_report(traced, compile_program, chip, mesh.size, model_flops)
     rows = batch_size // mesh.size * settings.num_rows
-    capacity = sampling.cache_capacity(model, settings)
+    capacity = model.condition_length + sampling.num_pushed_tokens(model, settings)
     kv_cache = jax.eval_shape(lambda: model.empty_cache(rows, capacity))
     report["memory"]["kv_cache"] = sum(
         math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kv_cache[:2]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from cfjax import build, editing, sampling, sharding
 from cfjax.data.images import to_model_range, to_uint8
 from cfjax.errors import UserError, check_choice
+from cfjax.guided_network import Network
 from cfjax.mesh_autoencoder import MeshAutoencoder
 from cfjax.models.causal_fusion import CausalFusion
 from cfjax.models.patches import patchify, unpatchify
@@ -61,7 +62,7 @@ class Sampler:
     params: Any
     mesh: jax.sharding.Mesh
     autoencoder: MeshAutoencoder | None = None
-    guide: sampling.Network | None = None
+    guide: Network | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -278,7 +279,7 @@ class Sampler:
         return jax.make_array_from_callback(rows.shape, sharded, rows.__getitem__)
 
     def _generate(self, settings, key, labels, indices, *known):
-        guide = self.guide or sampling.Network(None, None)
+        guide = self.guide or Network(None, None)
         generated = _generate_images(
             self.model,
             guide.model,
@@ -327,7 +328,7 @@ class Sampler:
         settings = self.settings(overrides)
         keys = per_example_keys(stream_key(seed, "sample"), jnp.array([index], jnp.uint32))
         labels = jnp.asarray(self.check_labels([label]))
-        guide = self.guide or sampling.Network(None, None)
+        guide = self.guide or Network(None, None)
         with sharding.activate(self.mesh):
             _, trajectory = sampling.generate(
                 self.model,

@@ -13,15 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cfjax.denoising_tables import DenoisingTables, denoising_tables
+from cfjax.denoising import denoise_tokens
+from cfjax.denoising_tables import denoising_tables
 from cfjax.diffusion.schedule import NoiseSchedule
-from cfjax.diffusion.solvers import Solver, StepCoefficients, denoising_step
+from cfjax.diffusion.solvers import Solver
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import TOKEN_ORDERS, token_order
 from cfjax.guidance import Guidance
+from cfjax.guided_network import Caches, Network, prefill, push_clean_tokens
 from cfjax.models.causal_fusion import CausalFusion
-from cfjax.models.kv_cache import KVCache
 
 # (AR step, index of the denoising step) -> noise [batch, tokens of the AR step, token_width]
 NoiseAt = Callable[[int | jax.Array, jax.Array], jax.Array]
@@ -79,26 +81,6 @@ class SamplingSettings:
             schedule.num_timesteps + count
             for schedule, count in zip(self.schedules, guided, strict=True)
         )
-
-
-class Network(NamedTuple):
-    """A transformer and its parameters."""
-
-    model: CausalFusion
-    params: Any
-
-
-class Caches(NamedTuple):
-    """KV caches while an image is generated.
-
-    Attributes:
-      main: of the model; with classifier-free guidance two rows an example, with its class and with
-        the null class. So both are on the same device.
-      guide: of the weaker model of autoguidance, or None.
-    """
-
-    main: KVCache
-    guide: KVCache | None
 
 
 class Known(NamedTuple):
@@ -238,12 +220,8 @@ def generate_from_noise(
         )
     if known is not None and settings.num_generated == 0:
         return known.tokens, Trajectory(order, [], []) if record else None
-    chunks = []
-    caches = prefill(network, guide, settings, labels)
     if num_known:
         order = known_first(order, known.is_known)
-        chunks.append(jnp.take_along_axis(known.tokens, order[:, :num_known, None], axis=1))
-        caches = push_clean_tokens(network, guide, caches, chunks[0], order[:, :num_known])
     start_noise = jnp.take_along_axis(start_noise, order[..., None], axis=1)
     tables = denoising_tables(
         settings.split_sizes,
@@ -253,11 +231,10 @@ def generate_from_noise(
         model.num_tokens,
     )
 
-    def ar_step(caches, index, row, begin, size, push=True):
+    def take_ar_step(state, index, row, begin, size, push=True):
         def chunk(x):
             return jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
 
-        grid_indices = chunk(order)
         x, trajectory = denoise_tokens(
             network,
             guide,
@@ -265,44 +242,89 @@ def generate_from_noise(
             settings.solver,
             index,
             row,
-            caches,
+            state.caches,
             chunk(start_noise),
-            grid_indices,
+            chunk(order),
             functools.partial(noise_at(size), index),
             record,
         )
+        caches = state.caches
         if push:
-            caches = push_clean_tokens(network, guide, caches, x, grid_indices)
-        return caches, (x, trajectory)
+            caches = push_clean_tokens(network, guide, caches, x, chunk(order))
+        tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, x, begin, axis=1)
+        return _State(caches, tokens), trajectory
 
-    x_t, x_start = [], []
-    first, begin = 0, num_known
-    for size, count in _runs(settings, record):
-        rows = tables.row_of_ar_step[first : first + count]
+    room = num_pushed_tokens(model, settings)
+    caches = prefill(network, guide, labels, room, settings.is_guided)
+    tokens = jnp.zeros_like(start_noise)
+    if num_known:
+        tokens = jnp.take_along_axis(known.tokens, order[..., None], axis=1)
+        clean = tokens[:, :num_known]
+        caches = push_clean_tokens(network, guide, caches, clean, order[:, :num_known])
+    state = _State(caches, tokens)
+    trajectories = []
+    if _sizes_come_again(settings) and not record:
+        state = _take_any_ar_steps(settings, tables.row_of_ar_step, num_known, take_ar_step, state)
+    else:
+        state, trajectories = _take_runs(
+            _runs(settings, record), tables.row_of_ar_step, num_known, room, take_ar_step, state
+        )
+    tokens = jnp.take_along_axis(state.tokens, jnp.argsort(order, axis=1)[..., None], axis=1)
+    if not record:
+        return tokens, None
+    x_t, x_start = ([parts[i] for parts in trajectories] for i in (0, 1))
+    return tokens, Trajectory(order, x_t, x_start)
+
+
+class _State(NamedTuple):
+    """What passes from AR step to AR step; tokens `[batch, L, token_width]` in generation order."""
+
+    caches: Caches
+    tokens: jax.Array
+
+
+def _take_runs(runs, row_of_ar_step, begin, room, take_ar_step, state):
+    """AR steps of one size in a row as one loop each."""
+    first, trajectories = 0, []
+    for size, count in runs:
+        rows = row_of_ar_step[first : first + count]
         if count == 1:
-            push = begin + size < model.num_tokens
-            caches, outputs = ar_step(caches, first, int(rows[0]), begin, size, push)
-            outputs = jax.tree.map(lambda x: x[None], outputs)
+            push = begin + size <= room
+            state, trajectory = take_ar_step(state, first, int(rows[0]), begin, size, push)
+            trajectories.append(trajectory)
         else:
             # Known to the compiler where it is the same for all of them.
             row = int(rows[0]) if (rows == rows[0]).all() else None
 
-            def scanned(caches, i, first=first, begin=begin, size=size, row=row):
+            def scanned(state, i, first=first, begin=begin, size=size, row=row):
                 if row is None:
-                    row = jnp.asarray(tables.row_of_ar_step)[first + i]
-                return ar_step(caches, first + i, row, begin + i * size, size)
+                    row = jnp.asarray(row_of_ar_step)[first + i]
+                return take_ar_step(state, first + i, row, begin + i * size, size)
 
-            caches, outputs = jax.lax.scan(scanned, caches, jnp.arange(count))
-        x, trajectory = outputs
-        x = jnp.moveaxis(x, 0, 1)
-        chunks.append(x.reshape(x.shape[0], count * size, model.token_width))
-        if record:
-            x_t.extend(trajectory[0])
-            x_start.extend(trajectory[1])
+            state, stacked = jax.lax.scan(scanned, state, jnp.arange(count))
+            trajectories += [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)]
         first, begin = first + count, begin + count * size
-    grid_order = jnp.argsort(order, axis=1)[..., None]
-    tokens = jnp.take_along_axis(jnp.concatenate(chunks, axis=1), grid_order, axis=1)
-    return tokens, Trajectory(order, x_t, x_start) if record else None
+    return state, trajectories
+
+
+def _take_any_ar_steps(settings, row_of_ar_step, num_known, take_ar_step, state):
+    """AR steps whose sizes come again later: one loop, in which each size is compiled once."""
+    sizes = np.array(settings.split_sizes)
+    distinct = sorted(set(settings.split_sizes))
+    begins = num_known + np.cumsum(sizes) - sizes
+    is_one_row = (row_of_ar_step == row_of_ar_step[0]).all()
+
+    def scanned(state, ar_step):
+        index, begin, which, row = ar_step
+        row = int(row_of_ar_step[0]) if is_one_row else row
+        branches = [
+            lambda state, size=size: take_ar_step(state, index, row, begin, size)[0]
+            for size in distinct
+        ]
+        return jax.lax.switch(which, branches, state), None
+
+    ar_steps = (np.arange(len(sizes)), begins, np.searchsorted(distinct, sizes), row_of_ar_step)
+    return jax.lax.scan(scanned, state, jax.tree.map(jnp.asarray, ar_steps))[0]
 
 
 def known_first(order: jax.Array, is_known: jax.Array) -> jax.Array:
@@ -326,188 +348,14 @@ def _runs(settings: SamplingSettings, record: bool = False) -> list[tuple[int, i
     return [(size, len(list(same))) for (size, _), same in itertools.groupby(sizes)]
 
 
-def cache_capacity(model: CausalFusion, settings: SamplingSettings) -> int:
-    """Tokens for which `generate` makes room in the KV cache."""
-    runs = _runs(settings)
+def _sizes_come_again(settings: SamplingSettings) -> bool:
+    """Whether AR steps of one size have others between them."""
+    return len(_runs(settings)) > len(set(settings.split_sizes))
+
+
+def num_pushed_tokens(model: CausalFusion, settings: SamplingSettings) -> int:
+    """The image tokens that `generate` pushes into the KV cache."""
+    last_size, last_count = _runs(settings)[-1]
     # The last AR step is pushed only where it is one of a loop.
-    last_size, last_count = runs[-1]
-    return model.condition_length + model.num_tokens - (last_size if last_count == 1 else 0)
-
-
-def prefill(
-    network: Network, guide: Network | None, settings: SamplingSettings, labels: jax.Array
-) -> Caches:
-    """The KV caches of the condition tokens alone, with room for the image's."""
-
-    def fill(network, labels):
-        def filled(model, labels):
-            capacity = cache_capacity(model, settings)
-            kv_cache = model.empty_cache(labels.shape[0], capacity)
-            return model.extend(kv_cache, model.condition_tokens(labels))
-
-        return network.model.apply({"params": network.params}, labels, method=filled)
-
-    if not settings.is_guided:
-        return Caches(fill(network, labels), None)
-    if guide is not None:
-        return Caches(fill(network, labels), fill(guide, labels))
-    null = jnp.full_like(labels, network.model.null_class)
-    return Caches(fill(network, jnp.stack([labels, null], axis=1).reshape(-1)), None)
-
-
-def push_clean_tokens(
-    network: Network,
-    guide: Network | None,
-    caches: Caches,
-    tokens: jax.Array,
-    grid_indices: jax.Array,
-) -> Caches:
-    """The caches after the clean tokens of an AR step.
-
-    Args:
-      network, guide: the transformers.
-      caches: from `prefill`.
-      tokens: `[batch, M, token_width]`.
-      grid_indices: `[batch, M]`.
-    """
-
-    def push(network, kv_cache):
-        copies = kv_cache.keys.shape[1] // tokens.shape[0]
-
-        def pushed(model, kv_cache, tokens, grid_indices):
-            return model.extend(kv_cache, model.clean_image_tokens(tokens, grid_indices))
-
-        return network.model.apply(
-            {"params": network.params},
-            kv_cache,
-            _repeat(tokens, copies),
-            _repeat(grid_indices, copies),
-            method=pushed,
-        )
-
-    guide_cache = None if caches.guide is None else push(guide, caches.guide)
-    return Caches(push(network, caches.main), guide_cache)
-
-
-def guided_prediction(
-    network: Network,
-    guide: Network | None,
-    caches: Caches,
-    x_t: jax.Array,
-    t: jax.Array,
-    grid_indices: jax.Array,
-    scale: jax.Array | float | None,
-) -> jax.Array:
-    """The network's prediction for the noised tokens of one AR step, with guidance.
-
-    Args:
-      network, guide: the transformers.
-      caches: from `prefill`.
-      x_t: `[batch, M, token_width]`.
-      t: int scalar, the timestep of training.
-      grid_indices: `[batch, M]`.
-      scale: of the guidance; None for none, then the weaker prediction is not computed.
-
-    Returns:
-      float32 `[batch, M, token_width]`.
-    """
-    batch = x_t.shape[0]
-
-    def predict(network, kv_cache, copies):
-        return network.model.apply(
-            {"params": network.params},
-            kv_cache,
-            _repeat(x_t, copies),
-            jnp.broadcast_to(t, copies * batch),
-            _repeat(grid_indices, copies),
-            method=network.model.denoise,
-        )
-
-    if scale is None:
-        return predict(network, caches.main, 1)
-    if caches.guide is not None:
-        stronger = predict(network, caches.main, 1)
-        weaker = predict(guide, caches.guide, 1)
-    else:
-        both = predict(network, caches.main, 2)
-        both = both.reshape(batch, 2, *both.shape[1:])
-        stronger, weaker = both[:, 0], both[:, 1]
-    return weaker + scale * (stronger - weaker)
-
-
-def denoise_tokens(
-    network: Network,
-    guide: Network | None,
-    tables: DenoisingTables,
-    solver: Solver,
-    ar_step: int | jax.Array,
-    row: int | jax.Array,
-    caches: Caches,
-    x_t: jax.Array,
-    grid_indices: jax.Array,
-    noise_at: Callable[[jax.Array], jax.Array],
-    record: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Denoises the tokens of one AR step from noise to clean.
-
-    Args:
-      network, guide: the transformers.
-      tables: of all AR steps.
-      solver: the denoising rule.
-      ar_step: which AR step.
-      row: its row of the tables; traced where AR steps of one loop differ in denoising steps.
-      caches: from `prefill` and `push_clean_tokens`.
-      x_t: noise `[batch, M, token_width]`.
-      grid_indices: `[batch, M]`.
-      noise_at: index of the denoising step, counted down -> noise like `x_t`.
-      record: also return what each denoising step gave; `row` is an int then.
-
-    Returns:
-      Clean tokens like `x_t`, and with `record` (x_t, predicted x_0) after each denoising step,
-      `[denoising steps, ...]`.
-    """
-
-    def look_up(table, index):
-        return jnp.asarray(table, jnp.float32)[row, index]
-
-    by_ar_step = jnp.asarray(tables.guidance_by_ar_step, jnp.float32)[ar_step]
-
-    def step(carry, index, is_guided):
-        x_t, x_start = carry
-        t = jnp.asarray(tables.timesteps)[row, index]
-        scale = None
-        if is_guided:
-            by_timestep = look_up(tables.guidance_by_timestep, index)
-            scale = 1.0 + (tables.guidance_scale - 1.0) * by_ar_step * by_timestep
-        prediction = guided_prediction(network, guide, caches, x_t, t, grid_indices, scale)
-        noise = noise_at(index) if solver.needs_noise else None
-        coefficients = StepCoefficients(*(look_up(it, index) for it in tables.coefficients))
-        x_t, x_start = denoising_step(solver, coefficients, x_t, prediction, x_start, noise)
-        carry = x_t, x_start if solver.is_multistep else None
-        return carry, (x_t, x_start) if record else None
-
-    carry = x_t, jnp.zeros_like(x_t) if solver.is_multistep else None
-    recorded = []
-    for segment, is_guided in enumerate((False, True, False)):
-        begins, ends = tables.segments[:, segment], tables.segments[:, segment + 1]
-        if isinstance(row, int):
-            if begins[row] > ends[row]:
-                indices = jnp.arange(ends[row], begins[row])[::-1]
-                body = functools.partial(step, is_guided=is_guided)
-                carry, outputs = jax.lax.scan(body, carry, indices)
-                recorded.append(outputs)
-        elif (begins > ends).any():
-            begin = jnp.asarray(begins)[row]
-            num_denoising_steps = begin - jnp.asarray(ends)[row]
-
-            def body(i, carry, begin=begin, is_guided=is_guided):
-                return step(carry, begin - 1 - i, is_guided)[0]
-
-            carry = jax.lax.fori_loop(0, num_denoising_steps, body, carry)
-    if not record:
-        return carry[0], None
-    return carry[0], jax.tree.map(lambda *parts: jnp.concatenate(parts), *recorded)
-
-
-def _repeat(x: jax.Array, copies: int) -> jax.Array:
-    return jnp.repeat(x, copies, axis=0) if copies > 1 else x
+    is_in_a_loop = last_count > 1 or _sizes_come_again(settings)
+    return model.num_tokens - (0 if is_in_a_loop else last_size)

@@ -66,16 +66,12 @@ def test_sampling_flops_are_those_of_the_program(guidance_scale):
     overrides = TINY | {"sampling.guidance_scale": guidance_scale}
     config = load_config(str(REPOSITORY / "benchmarks/mid_model.py"), overrides)
     model = build.model(config)
-    settings, schedule = build.sampling_settings(config)
+    settings = build.sampling_settings(config)
     params = jax.eval_shape(build.init_params(model), jax.random.key(0))
     jaxpr = jax.make_jaxpr(
-        lambda params, labels, keys: sampling.generate(
-            model, params, schedule, settings, labels, keys
-        )
+        lambda params, labels, keys: sampling.generate(model, params, settings, labels, keys)
     )(params, jnp.zeros(2, jnp.int32), jax.random.split(jax.random.key(0), 2))
-    flops = 2 * sampling_flops(
-        model, settings.split_sizes, schedule.num_timesteps, guidance_scale > 1
-    )
+    flops = 2 * sampling_flops(model, settings.split_sizes, settings.num_passes, settings.num_rows)
     assert flops <= counted_flops(jaxpr.jaxpr) <= 1.15 * flops
 
 

@@ -10,10 +10,13 @@ from golden_data import MODELS, assert_close_to_max, in_order, load, model, para
 from cfjax import sampling
 from cfjax.diffusion.schedule import make_noise_schedule, respace
 from cfjax.diffusion.solvers import Solver
+from cfjax.guidance import Guidance
+from cfjax.guided_network import Network, guided_prediction, prefill
 
 # Of the largest value. The published timestep angles are float32, which moves predictions by 1.2e-5
 # of their largest value.
 RTOL = 1e-4
+SCHEDULE = make_noise_schedule("linear")
 
 
 @pytest.mark.parametrize("letter", MODELS)
@@ -23,30 +26,33 @@ def test_guidance_and_its_interval(letter):
     x_t = in_order(golden["xn_tokens"], indices)
     interval = tuple(golden["cfg_interval"].tolist())
     for scale, guidance, prefix in (
-        (1, sampling.Guidance(1.0), "ar1"),
-        (3, sampling.Guidance(3.0), "ar1"),
-        (3, sampling.Guidance(3.0, interval), "ar1_interval"),
+        (1, Guidance(1.0), "ar1"),
+        (3, Guidance(3.0), "ar1"),
+        (3, Guidance(3.0, interval), "ar1_interval"),
     ):
-        kv_cache = sampling.prefill(
-            module, params(letter), golden["y"], module.condition_length, guidance
-        )
-        predict = jax.jit(
-            functools.partial(sampling.guided_prediction, module, params(letter), guidance)
-        )
+        network = Network(module, params(letter))
+        caches = prefill(network, None, golden["y"], 0, is_guided=scale > 1)
         times = golden["interval_ts" if prefix == "ar1_interval" else "ts"]
         for t in times:
-            prediction = predict(kv_cache, x_t, t, indices)
+            is_guided = guidance.is_guided(t)
+            predict = jax.jit(
+                functools.partial(
+                    guided_prediction, network, None, scale=scale if is_guided else None
+                )
+            )
+            prediction = predict(caches, x_t, t, indices)
             assert_close_to_max(prediction, golden[f"cfg{scale}/{prefix}/t{t}"], RTOL)
 
 
 def generate(letter, golden, order, split_sizes, respacing, scale, noise, variance="fixed_large"):
     """Tokens in grid order and their trajectory; `noise[ar_step]` in call order."""
+    schedule = respace(SCHEDULE, respacing)
     settings = sampling.SamplingSettings(
         split_sizes=split_sizes,
+        schedules=(schedule,) * len(split_sizes),
         solver=Solver("ddpm", variance=variance),
-        guidance=sampling.Guidance(scale),
+        guidance=Guidance(scale),
     )
-    schedule = respace(make_noise_schedule("linear"), respacing)
 
     def noise_at(size):
         def draw(ar_step, index):
@@ -58,9 +64,7 @@ def generate(letter, golden, order, split_sizes, respacing, scale, noise, varian
     @jax.jit
     def run(params):
         return sampling.generate_from_noise(
-            model(letter),
-            params,
-            schedule,
+            Network(model(letter), params),
             settings,
             golden["y"],
             order,

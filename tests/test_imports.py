@@ -13,7 +13,8 @@ REPOSITORY = Path(__file__).parent.parent
 GROUND = "ground floor"
 PROGRAMS = [
     *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
-    *("sample", "evaluate", "draw", "prepare_images"),
+    *("sample", "edit", "evaluate", "draw", "prepare_images"),
+    *("sampling_flags", "generation_request"),
     *("sample_outputs", "sample_places", "sample_recipe", "sample_working_folder"),
     *("encode", "encode_verify"),
     *("preflight", "preflight_report", "preflight_mends", "preflight_text"),
@@ -31,7 +32,13 @@ ROOMS = {
     "compiler": (["tpu_topology", "collectives", "compiled_report"], [GROUND, "models"]),
     "objective": (["objective", "autoencoder_objective"], [GROUND, "models"]),
     "optimizer": (["optimizer"], [GROUND]),
-    "sampling": (["sampling"], [GROUND, "models"]),
+    "sampling": (
+        [
+            *("sampling", "guided_network", "denoising", "denoising_tables", "guidance"),
+            *("plans", "editing"),
+        ],
+        [GROUND, "models"],
+    ),
     "autoencoder files": (
         ["autoencoder_files", "lpips_files", "mesh_autoencoder", "latent_encoder"],
         [GROUND, "models"],
@@ -54,7 +61,7 @@ ROOMS = {
         ],
     ),
     "sampler": (
-        ["sampler"],
+        ["sampler", "model_loading"],
         [
             *(GROUND, "models", "sampling", "storage", "data", "config", "build"),
             "autoencoder files",
@@ -98,7 +105,7 @@ LIBRARIES = {
     ],
     "orbax": ["checkpoints", "checkpoint_weights", "processes"],
     "ml_collections": [
-        *("config_loading", "build", "build_data", "sampler"),
+        *("config_loading", "build", "build_data", "sampler", "model_loading"),
         *("convert.__main__", "convert.new_run"),
         *PROGRAMS,
     ],
@@ -107,7 +114,7 @@ LIBRARIES = {
     "array_record": ["data"],
     "ml_dtypes": ["data.latents"],
     "tensorflow_datasets": ["data.tfds_images"],
-    "PIL": ["data"],
+    "PIL": ["data", "visualization"],
     "clu": PROGRAMS,
     "matplotlib": ["visualization"],
     "torch": ["convert"],

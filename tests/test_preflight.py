@@ -316,9 +316,9 @@ def test_the_sampler_computes_little_that_it_drops(num_ar_steps):
     config = load_config(str(tiny.CONFIGS / "imagenet256.py:xl"))
     config.sampling.update({"num_ar_steps": num_ar_steps, "guidance_scale": 1.5})
     batch_size, mesh = 256, sharding.make_mesh(devices=jax.devices()[:4])
-    settings, schedule = build.sampling_settings(config)
+    settings = build.sampling_settings(config)
     exact = batch_size * sampling_flops(
-        build.sampling_model(config), settings.split_sizes, schedule.num_timesteps, guided=True
+        build.sampling_model(config), settings.split_sizes, settings.num_passes, settings.num_rows
     )
     traced = sampler.trace_generation(config, mesh, batch_size)
     assert exact <= counted_flops(traced.jaxpr.jaxpr) <= 1.04 * exact
