@@ -317,11 +317,13 @@ def _take_any_ar_steps(settings, row_of_ar_step, num_known, take_ar_step, state)
     def scanned(state, ar_step):
         index, begin, which, row = ar_step
         row = int(row_of_ar_step[0]) if is_one_row else row
-        branches = [
-            lambda state, size=size: take_ar_step(state, index, row, begin, size)[0]
-            for size in distinct
-        ]
-        return jax.lax.switch(which, branches, state), None
+        for place, size in enumerate(distinct):
+            # Loops of one round or none, as branches of a conditional would copy the KV cache.
+            def body(_, state, size=size):
+                return take_ar_step(state, index, row, begin, size)[0]
+
+            state = jax.lax.fori_loop(0, jnp.int32(which == place), body, state)
+        return state, None
 
     ar_steps = (np.arange(len(sizes)), begins, np.searchsorted(distinct, sizes), row_of_ar_step)
     return jax.lax.scan(scanned, state, jax.tree.map(jnp.asarray, ar_steps))[0]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import MaskTerms, generalized_causal_mask
 from cfjax.models.attention import ATTENDED, Attention
-from cfjax.models.kv_cache import KVCache, empty_cache, first_row_of_each
+from cfjax.models.kv_cache import KVCache, after, empty_cache, first_row_of_each
 from cfjax.models.layers import (
     LINEAR,
     Mlp,
@@ -105,7 +105,7 @@ class Block(nn.Module):
         attended, keys, values = attention(normed, cached, mask)
         if isinstance(carry, Push):
             # The cache is read before it is written, or it would be copied to do both.
-            attended, keys, values = jax.lax.optimization_barrier((attended, keys, values))
+            keys, values = after(attended, (keys, values))
             kv_cache = carry.kv_cache.with_written(carry.layer, keys, values)
         x = nn.with_logical_constraint(x + attended, ("batch", "sequence", "activation_width"))
         normed = layer_norm("vector_width", dtype=self.dtype, name="norm2")(x)

@@ -62,3 +62,16 @@ def first_row_of_each(keys_or_values: jax.Array, batch: int) -> jax.Array:
     if rows == 1:
         return keys_or_values
     return keys_or_values.reshape(batch, rows, *keys_or_values.shape[1:])[:, 0]
+
+
+def after(earlier: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The arrays `[batch, ...]` as they are, not to be used before `earlier [batch, ...]` is there.
+
+    Compilers for CPUs drop the barrier, so that the arrays depend on `earlier` by value too: on zero
+    times one of its numbers, which no compiler may leave out, as it is NaN where that is.
+    """
+    earlier, arrays = jax.lax.optimization_barrier((earlier, arrays))
+    zero = 0.0 * earlier.reshape(len(earlier), -1)[:, 0]
+    return tuple(
+        x + zero.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) for x in arrays
+    )
