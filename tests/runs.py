@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tiny
+from absl import flags
 
 from cfjax import build, checkpoints, sharding
 from cfjax.metric_log import read_metrics
@@ -27,6 +28,18 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
+
+
+def run_in_process(program, arguments):
+    """`program.main` with its flags, as the command line would."""
+    before = list(flags.FLAGS)
+    try:
+        program.define_flags()
+        flags.FLAGS(["program", *arguments])
+        program.main([])
+    finally:
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS.remove_flag_values([name for name in flags.FLAGS if name not in before])
 
 
 class Run:

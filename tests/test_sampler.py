@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from absl import flags
 from PIL import Image
+from runs import run_in_process
 
 import cfjax
-from cfjax import build, checkpoints, draw, sample, sampling, sharding, train_state
-from cfjax.config_loading import config_to_json
+from cfjax import build, checkpoints, draw, sample, sampling, sharding
 from cfjax.errors import UserError
-from cfjax.optimizer import make_optimizer
 from cfjax.rng import per_example_keys, stream_key
 from cfjax.sampler import Sampler
 
@@ -26,25 +24,7 @@ L = 16
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A checkpoint whose parameters are random, so that every part of the model matters."""
-    workdir = tmp_path_factory.mktemp("run")
-    config = tiny.config()
-    optimizer = make_optimizer(build.optimizer_settings(config))
-    init = build.init_params(build.model(config))
-
-    def create(key):
-        boxed = init(key)
-        keys = iter(jax.random.split(key, 100))
-
-        def noisy(x):
-            return x + 0.3 * jax.random.normal(next(keys), x.shape)
-
-        return train_state.create(jax.tree.map(noisy, boxed), optimizer)
-
-    state = sharding.born_sharded(create, sharding.make_mesh(), jax.random.key(0))
-    with checkpoints.CheckpointWriter(workdir, keep_last=1) as writer:
-        writer.save(state, config_to_json(config), 0)
-    return workdir
+    return tiny.save_random_checkpoint(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -191,18 +171,6 @@ def test_a_config_without_a_field_is_refused(workdir, tmp_path):
 def read_picture(path):
     with Image.open(path) as image:
         return np.asarray(image.convert("L"))
-
-
-def run_in_process(program, arguments):
-    """`program.main` with its flags, as the command line would."""
-    before = list(flags.FLAGS)
-    try:
-        program.define_flags()
-        flags.FLAGS(["program", *arguments])
-        program.main([])
-    finally:
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS.remove_flag_values([name for name in flags.FLAGS if name not in before])
 
 
 @pytest.mark.parametrize("kind", ["samples.png", "samples.npz", "folder"])

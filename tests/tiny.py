@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from cfjax import build
-from cfjax.config_loading import load_config
+from cfjax import build, checkpoints, sharding, train_state
+from cfjax.config_loading import config_to_json, load_config
+from cfjax.optimizer import make_optimizer
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / "configs"
@@ -86,3 +87,24 @@ def trained(workdir):
     from cfjax.train import train
 
     return train(config(), workdir)
+
+
+def save_random_checkpoint(workdir, seed=0, **overrides):
+    """A checkpoint whose parameters are random, so that every part of the model matters."""
+    of_run = config(**overrides)
+    optimizer = make_optimizer(build.optimizer_settings(of_run))
+    init = build.init_params(build.model(of_run))
+
+    def create(key):
+        boxed = init(key)
+        keys = iter(jax.random.split(key, 100))
+
+        def noisy(x):
+            return x + 0.3 * jax.random.normal(next(keys), x.shape)
+
+        return train_state.create(jax.tree.map(noisy, boxed), optimizer)
+
+    state = sharding.born_sharded(create, sharding.make_mesh(), jax.random.key(seed))
+    with checkpoints.CheckpointWriter(workdir, keep_last=1) as writer:
+        writer.save(state, config_to_json(of_run), 0)
+    return workdir

@@ -72,6 +72,4 @@ def after(earlier: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array,
     """
     earlier, arrays = jax.lax.optimization_barrier((earlier, arrays))
     zero = 0.0 * earlier.reshape(len(earlier), -1)[:, 0]
-    return tuple(
-        x + zero.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) for x in arrays
-    )
+    return tuple(x + zero.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) for x in arrays)

@@ -1,0 +1,142 @@
+"""Editing: masks over pixels and tokens, what is kept, what is generated anew."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from cfjax import build, editing, sampling
+from cfjax.errors import UserError
+from cfjax.rng import per_example_keys
+
+L, GRID, SIZE = 16, (4, 4), (28, 28)
+
+
+def tokens_of(rows):
+    return np.array([[cell == "#" for cell in row] for row in rows]).reshape(-1)
+
+
+@pytest.mark.parametrize(
+    ("keep", "box", "expected"),
+    [
+        ("center", (), ["....", ".##.", ".##.", "...."]),
+        ("outside", (), ["####", "#..#", "#..#", "####"]),
+        ("top", (), ["####", "####", "....", "...."]),
+        ("bottom", (), ["....", "....", "####", "####"]),
+        ("left", (), ["##..", "##..", "##..", "##.."]),
+        ("right", (), ["..##", "..##", "..##", "..##"]),
+        ("box", (7, 0, 14, 21), ["....", "###.", "....", "...."]),
+        ("box", (1, 0, 14, 20), ["....", "##..", "....", "...."]),  # tokens that are whole in it
+    ],
+)
+def test_masks(keep, box, expected):
+    pixels = editing.kept_pixels(keep, SIZE, box)
+    assert pixels.shape == SIZE
+    kept = editing.kept_tokens(pixels, SIZE, GRID)
+    np.testing.assert_array_equal(kept, tokens_of(expected))
+    generated = editing.generated_pixels(kept, SIZE, GRID)
+    np.testing.assert_array_equal(generated[::7, ::7].reshape(-1), ~kept)
+    assert not (generated & pixels).any() or box == (1, 0, 14, 20)
+
+
+def test_random_masks_are_nested_and_differ():
+    keys = per_example_keys(jax.random.key(0), jnp.arange(5))
+    masks = [editing.random_tokens(keys, ratio, GRID) for ratio in (0.0, 0.25, 0.5, 1.0)]
+    for mask, count in zip(masks, (0, 4, 8, 16), strict=True):
+        assert (mask.sum(axis=1) == count).all()
+    for fewer, more in itertools.pairwise(masks):
+        assert not (fewer & ~more).any()
+    assert len({row.tobytes() for row in masks[2]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: editing.kept_pixels("middle", SIZE), "unknown mask 'middle'"),
+        (lambda: editing.kept_pixels("box", SIZE), r"the box \[\] must be four numbers"),
+        (lambda: editing.kept_pixels("box", SIZE, (0, 0, 29, 5)), "is not in the image of 28 x 28"),
+        (lambda: editing.kept_pixels("box", SIZE, (5, 0, 5, 5)), "is not in the image"),
+        (lambda: editing.kept_pixels("top", SIZE, (0, 0, 1, 1)), "is for the mask 'box'"),
+        (
+            lambda: editing.kept_tokens(np.ones((14, 28), bool), SIZE, GRID),
+            r"mask is bool \[14, 28\], but must be bool of the image's \[28, 28\] pixels",
+        ),
+        (lambda: editing.kept_tokens(np.ones(SIZE), SIZE, GRID), "the mask is float64"),
+        (lambda: editing.random_tokens(None, 1.5, GRID), "keep_ratio is 1.5"),
+    ],
+)
+def test_bad_masks_are_refused(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+@pytest.fixture(scope="module")
+def network():
+    model = build.sampling_model(tiny.config())
+    return model, jax.tree.map(jnp.asarray, tiny.random_params(model))
+
+
+def generate(network, split_sizes=(), known=None, num_known=0, seed=0, **fields):
+    settings = build.sampling_settings(
+        tiny.config(**{f"sampling__{name}": it for name, it in fields.items()}),
+        split_sizes,
+        num_known,
+    )
+    keys = per_example_keys(jax.random.key(seed), jnp.arange(2))
+    return sampling.generate(*network, settings, jnp.array([3, 5]), keys, known=known)
+
+
+def known_of(mask, seed=1):
+    tokens = np.random.default_rng(seed).normal(size=(2, L, 49)).astype(np.float32)
+    return sampling.Known(tokens, np.broadcast_to(mask, (2, L)))
+
+
+@pytest.mark.parametrize("split_sizes", [(8,), (1, 3, 4), (1,) * 8])
+def test_kept_tokens_come_back_to_the_bit(network, split_sizes):
+    known = known_of(tokens_of(["##..", "##..", "##..", "##.."]))
+    tokens = np.asarray(generate(network, split_sizes, known, 8))
+    np.testing.assert_array_equal(tokens[known.is_known], known.tokens[known.is_known])
+    assert np.isfinite(tokens).all()
+    assert (tokens[~known.is_known] != known.tokens[~known.is_known]).all()
+
+
+def test_what_is_generated_depends_on_what_is_kept_alone(network):
+    mask = tokens_of(["####", "####", "....", "...."])
+    tokens = [np.asarray(generate(network, (4, 4), known_of(mask, seed), 8)) for seed in (1, 2)]
+    assert (np.abs(tokens[0] - tokens[1])[:, ~mask].mean()) > 1e-3  # context counts
+    known = known_of(mask)
+    other = known._replace(tokens=np.where(mask[:, None], known.tokens, 7.0))
+    np.testing.assert_array_equal(generate(network, (4, 4), other, 8), tokens[0])
+
+
+def test_a_full_and_an_empty_mask(network):
+    full = known_of(np.ones(L, bool))
+    np.testing.assert_array_equal(generate(network, (), full, L), full.tokens)
+    empty = known_of(np.zeros(L, bool))
+    for fields in ({"num_ar_steps": 4}, {"num_ar_steps": 1}, {"denoising_steps": "5:2"}):
+        np.testing.assert_array_equal(
+            generate(network, (), empty, 0, **fields), generate(network, **fields)
+        )
+
+
+def test_masks_may_differ_from_image_to_image(network):
+    keys = per_example_keys(jax.random.key(3), jnp.arange(2))
+    is_known = editing.random_tokens(keys, 0.5, GRID)
+    known = known_of(np.ones(L, bool))._replace(is_known=is_known)
+    tokens = np.asarray(generate(network, (4, 4), known, 8))
+    np.testing.assert_array_equal(tokens[is_known], known.tokens[is_known])
+
+
+def test_the_order_of_what_is_left_stays():
+    order = jnp.array([[3, 1, 0, 2], [0, 1, 2, 3]])
+    is_known = jnp.array([[True, False, False, True], [False, False, True, False]])
+    expected = [[3, 0, 1, 2], [2, 0, 1, 3]]
+    np.testing.assert_array_equal(sampling.known_first(order, is_known), expected)
+
+
+def test_unknown_tokens_that_nobody_generates_are_refused(network):
+    with pytest.raises(UserError, match="sum to 8, but must sum to the 16 tokens"):
+        generate(network, (8,), None, 8)
