@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 from cfjax import build, sampling
-from cfjax.diffusion.solvers import SOLVERS
 from cfjax.models.kv_cache import after
 from cfjax.rng import per_example_keys
 
@@ -31,15 +30,23 @@ def arguments(batch=2):
 
 def lowered(model, settings, batch):
     params = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tiny.random_params(model)))
-    return sampling.generate.lower(model, params, settings, *jax.eval_shape(arguments, batch))
+    return sampling.generate.lower(
+        model, params, settings, *jax.eval_shape(lambda: arguments(batch))
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "num_denoising_steps"),
     [
-        ({"split_sizes": (1, 5, 1, 5, 4)}, [4] * 5),  # one loop in which each size is compiled once
-        ({"num_ar_steps": 4, "denoising_steps": "6:3"}, [6, 5, 4, 3]),  # traced numbers of them
-        ({"num_ar_steps": 3, "denoising_steps": "2/5/2"}, [2, 5, 2]),
+        # One loop in which each size is compiled once.
+        pytest.param({"split_sizes": (1, 5, 1, 5, 4)}, [4] * 5, marks=pytest.mark.long),
+        # Traced numbers of denoising steps.
+        pytest.param(
+            {"num_ar_steps": 4, "denoising_steps": "6:3"}, [6, 5, 4, 3], marks=pytest.mark.long
+        ),
+        pytest.param(
+            {"num_ar_steps": 3, "denoising_steps": "2/5/2"}, [2, 5, 2], marks=pytest.mark.long
+        ),
         (
             {
                 "split_sizes": (2, 6, 2, 6),
@@ -67,8 +74,8 @@ def test_every_way_to_loop_makes_the_same_image(network, options, num_denoising_
     assert [x.shape[2] for x in trajectory.x_t] == list(settings.split_sizes)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.long
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])  # noise is drawn by the AR step's number
 def test_an_ar_step_of_a_plan_is_a_plan_of_its_own(network, solver):
     """The second AR step, given the first as known tokens, is generated as in the whole plan."""
     whole = settings_of((6, 10), solver=solver)
@@ -76,8 +83,6 @@ def test_an_ar_step_of_a_plan_is_a_plan_of_its_own(network, solver):
     is_known = np.zeros((2, L), bool)
     np.put_along_axis(is_known, np.asarray(trajectory.token_order[:, :6]), True, axis=1)
     rest = settings_of((10,), num_known=6, solver=solver)
-    if rest.solver.needs_noise:  # whose keys count AR steps
-        return
     again = sampling.generate(
         *network, rest, *arguments(), known=sampling.Known(tokens, jnp.asarray(is_known))
     )
@@ -110,11 +115,11 @@ def test_each_size_is_traced_once(network, split_sizes, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_ar_steps": 8},
         {"num_ar_steps": 8, "guidance_interval": (200, 800)},
-        {"num_ar_steps": 8, "denoising_steps": "5:2"},
         {"split_sizes": (2, 3, 2, 3, 6)},
-        {"num_ar_steps": 4, "split": "cosine"},
+        pytest.param({"num_ar_steps": 8}, marks=pytest.mark.long),
+        pytest.param({"num_ar_steps": 8, "denoising_steps": "5:2"}, marks=pytest.mark.long),
+        pytest.param({"num_ar_steps": 4, "split": "cosine"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
