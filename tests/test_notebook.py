@@ -38,6 +38,11 @@ def workdir(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture(scope="module")
+def sampler(workdir):
+    return cfjax.load(workdir)
+
+
 @pytest.fixture
 def committed():
     return nbformat.read(NOTEBOOK, as_version=4)
@@ -72,24 +77,79 @@ def check_outputs(notebook):
     assert sorted(shown) == ["gif"] + ["png"] * 6
 
 
+def kernel_environment(workdir, tmp_path):
+    """One device, and programs that are quickly compiled rather than fast."""
+    return os.environ | {
+        "CFJAX_CHECKPOINT": str(workdir),
+        "PYTHONPATH": str(tiny.REPOSITORY),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "TMPDIR": str(tmp_path),
+    }
+
+
 @pytest.mark.slow
 def test_it_runs(committed, workdir, tmp_path):
+    """On a tiny model, and with three places of the plane, as each is a program to compile."""
     for cell in code_cells(committed):
         cell.outputs, cell.execution_count = [], None
+    [plane] = [cell for cell in committed.cells if cell.id == "plane"]
+    whole, few = "(1, 2, 4, 7, L), (2, 5, 20)", "(1, 7, L), (2,)"
+    assert plane.source.count(whole) == 1
+    plane.source = plane.source.replace(whole, few)
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
     client = NotebookClient(
         committed,
         timeout=300,
         kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
+        resources={"metadata": {"path": str(folder)}},
     )
-    client.execute(
-        env={
-            **os.environ,
-            "CFJAX_CHECKPOINT": str(workdir),
-            "PYTHONPATH": str(tiny.REPOSITORY),
-            "XLA_FLAGS": "",  # one device
-            "IPYTHONDIR": str(tmp_path / "ipython"),
-            "TMPDIR": str(tmp_path),
-        }
-    )
+    client.execute(env=kernel_environment(workdir, tmp_path))
     check_outputs(committed)
+    assert not list(folder.iterdir())  # it litters no repository
+
+
+def test_the_committed_one_was_run(committed):
+    check_outputs(committed)
+    for cell in code_cells(committed):
+        assert cell.metadata == {}  # no execution times
+        assert all(output.get("name") != "stderr" for output in cell.outputs)
+    assert committed.metadata.kernelspec.name == "python3"
+    assert "L = 49" in committed.cells[2].outputs[0].text
+    assert NOTEBOOK.stat().st_size < 1_500_000
+
+
+def test_it_names_no_place_of_a_machine(committed):
+    for cell in code_cells(committed):
+        assert not re.search(r"""["'](/|~|\\|[A-Za-z]:)""", cell.source), cell.source
+    pictures = re.compile(r'"image/\w+": ".*?"')
+    text = pictures.sub("", NOTEBOOK.read_text())
+    assert not re.search(r"/(home|root|tmp|Users|work|var|mnt)/|site-packages", text)
+
+
+def test_the_animation_of_the_readme():
+    assert GIF.stat().st_size < 300_000
+    with Image.open(GIF) as picture:
+        assert picture.n_frames == 57  # 7 AR steps of 8 noise levels, and one before
+        assert picture.info["loop"] == 0
+        picture.seek(0)
+        assert (np.asarray(picture.convert("RGB")) == MISSING).all()
+
+
+@pytest.mark.parametrize(
+    ("denoising_steps", "num_levels"), [("4", 4), ("9", 8), ("3:2", 8)], ids=str
+)
+def test_emergence_frames(sampler, denoising_steps, num_levels):
+    """From nothing to the generated image; where AR steps differ, they have as many frames."""
+    options = {"num_ar_steps": 2, "denoising_steps": denoising_steps, "seed": 5}
+    frames = emergence_frames(sampler, 3, **options)
+    assert frames.dtype == np.uint8
+    assert frames.shape == (1 + 2 * num_levels, 28, 28, 3)
+    is_missing = (frames == MISSING).all(-1)
+    assert is_missing[0].all()
+    assert (is_missing[1 : 1 + num_levels].mean((1, 2)) == 0.5).all()
+    assert not is_missing[1 + num_levels :].any()
+    # A batch of one rounds otherwise than a batch of several: near the edge of a grey level.
+    generated = sampler.generate([3], **options)[0].astype(int)
+    np.testing.assert_allclose(frames[-1], np.broadcast_to(generated, frames[-1].shape), atol=1)
