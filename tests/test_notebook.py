@@ -28,16 +28,18 @@ SHOWN = {"show": "png", "table": "png", "display.Image": "gif"}
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A tiny run that was not trained."""
+    """A tiny run whose parameters are random, so that images depend on the noise."""
     workdir = tmp_path_factory.mktemp("run")
     config = tiny.config()
     init = build.init_params(build.model(config))
     optimizer = make_optimizer(build.optimizer_settings(config))
-    state = sharding.born_sharded(
-        lambda key: train_state.create(init(key), optimizer),
-        sharding.make_mesh(),
-        jax.random.key(0),
-    )
+
+    def create(key):
+        keys = iter(jax.random.split(key, 100))
+        params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), init(key))
+        return train_state.create(params, optimizer)
+
+    state = sharding.born_sharded(create, sharding.make_mesh(), jax.random.key(0))
     with checkpoints.CheckpointWriter(workdir, keep_last=1) as writer:
         writer.save(state, config_to_json(config), 0)
     return workdir
