@@ -36,6 +36,8 @@ DENOISING_STEPS = (5, 10, 20, 50, 100)
 SOLVERS = ("ddpm", "ddim", "dpmpp_2m")
 # Cells that are repeated with other seeds, which tells how far a number scatters.
 REPEATED = (("ddpm", 100), ("dpmpp_2m", 20))
+EDITS = ("top", "bottom", "left", "right", "center", "outside", "random")
+EDIT_KEEP_RATIO, EDIT_AR_STEPS = 0.3, 7
 
 
 def cells(num_seeds: int) -> list[dict[str, Any]]:
@@ -79,6 +81,25 @@ def run_cell(
     }
 
 
+def run_edit(
+    model: Sampler, keep: str, num_samples: int, classifier: TrainedClassifier
+) -> dict[str, Any]:
+    """How often real digits are the new class after an edit, and the share that is generated."""
+    images, labels = all_images(build_data.images(model.config, "held_out"))
+    images, labels = images[:num_samples], labels[:num_samples]
+    wanted = (labels + 1 + np.arange(len(labels)) % 9) % 10  # all other classes
+    known = model.known_tokens(images, keep, keep_ratio=EDIT_KEEP_RATIO)
+    edited = model.edit(
+        images, wanted, keep, keep_ratio=EDIT_KEEP_RATIO, num_ar_steps=EDIT_AR_STEPS
+    )
+    return {
+        "keep": keep,
+        "share_generated": float(1 - known.is_known.mean()),
+        "agreement": float((classifier.features(edited)[1] == wanted).mean()),
+        "old_class": float((classifier.features(edited)[1] == labels).mean()),
+    }
+
+
 def main(_: Sequence[str]) -> None:
     """Runs what is missing, and writes page and plot."""
     values = flags.FLAGS.flag_values_dict()
@@ -102,8 +123,10 @@ def main(_: Sequence[str]) -> None:
         done.append(run_cell(model, cell, num_samples, classifier, reference))
         with path.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
+    edits = [run_edit(model, keep, num_samples, classifier) for keep in EDITS]
     if values["write"]:
         text = page(done, num_samples, floor_distance(real), classifier.held_out_accuracy)
+        text += page_of_edits(edits, num_samples)
         before, rest = PAGE.read_text().split(BEGIN)
         PAGE.write_text(before + BEGIN + "\n" + text + END + rest.split(END)[1])
         plot(done, num_samples)
@@ -143,6 +166,24 @@ def page(done: list[dict[str, Any]], num_samples: int, floor: float, accuracy: f
             spread = f" ± {statistics.stdev(fids):.2f}" if len(fids) > 1 else ""
             row.append(f"{statistics.mean(fids):.2f}{spread} ({agreement:.1%}), n = {len(fids)}")
         lines.append(f"| {s} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def page_of_edits(edits: list[dict[str, Any]], num_samples: int) -> str:
+    """The table of edits in Markdown."""
+    lines = [
+        "",
+        f"Edits of {num_samples} held-out digits in {EDIT_AR_STEPS} AR steps, each with a class that it is"
+        f" not, all others equally often; `random` keeps {EDIT_KEEP_RATIO:.0%}.",
+        "",
+        "| kept | share generated anew | is the new class | is still the old one |",
+        "|---|---|---|---|",
+    ]
+    for edit in edits:
+        lines.append(
+            f"| {edit['keep']} | {edit['share_generated']:.0%} | {edit['agreement']:.1%} |"
+            f" {edit['old_class']:.1%} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -31,7 +31,7 @@ export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 stage "Install" prepare_venv requirements.txt
 stage "Train" program train --config configs/mnist.py --workdir "$WORKDIR"
-stage "Sample" program sample --checkpoint "$WORKDIR" --out "$WORKDIR/samples.png" --num_ar_steps=7
+stage "Sample" program sample --checkpoint "$WORKDIR" --out "$WORKDIR/samples.png" --num_ar_steps=7 --overwrite
 stage "Draw" program draw --checkpoint "$WORKDIR" --out "$WORKDIR/pictures"
 stage "Score" program evaluate --checkpoint "$WORKDIR" --out "$WORKDIR/scores" \
   --num_samples=1000 --ar_steps=1,2,4,7,49
