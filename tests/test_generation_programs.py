@@ -44,7 +44,7 @@ def test_a_recipe_repeats_the_bytes(workdir, tmp_path, capfd):
     workdir.rename(moved)
     try:
         arguments = [f"--from_json={tmp_path / 'a.json'}", f"--out={tmp_path / 'again'}"]
-        with pytest.raises(UserError, match="no checkpoint"):
+        with pytest.raises(UserError, match="there is no folder"):
             run_in_process(sample, arguments)
         run_in_process(sample, [*arguments, f"--checkpoint={moved}"])
     finally:
@@ -185,7 +185,7 @@ def test_the_edit_program(workdir, model, tmp_path):
         "by_name.npz": ["--keep=top", f"--images={tmp_path / 'mine.npz'}"],
         "by_mask.npz": [f"--keep={tmp_path / 'mask.png'}", f"--images={tmp_path / 'mine.npz'}"],
         "by_box.npz": ["--keep=box", "--keep_box=0,0,14,28", f"--images={tmp_path / 'mine.npz'}"],
-        "pictures": ["--keep=left", f"--images={folder}"],
+        "edited": ["--keep=left", f"--images={folder}"],
     }.items():
         run_in_process(edit, [*base, f"--out={tmp_path / name}", "--classes=1,2", *arguments])
     expected = model.edit(images, [1, 2], keep="top", num_ar_steps=2, seed=4)
@@ -193,7 +193,7 @@ def test_the_edit_program(workdir, model, tmp_path):
         np.testing.assert_array_equal(images_of(tmp_path / f"{name}.npz"), expected)
         with Image.open(tmp_path / f"{name}_strip.png") as strip:
             assert strip.size == (3 * 32, 2 * 32)
-    assert images_of(tmp_path / "pictures").shape == (2, 28, 28, 1)
+    assert images_of(tmp_path / "edited").shape == (2, 28, 28, 1)
 
     morph = [*base, "--source_classes=3,5", "--classes=8", "--keep=random"]
     run_in_process(edit, [*morph, "--keep_ratio=0.8,0.2", f"--out={tmp_path / 'morph.npz'}"])
