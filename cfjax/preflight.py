@@ -59,8 +59,13 @@ def _report(values: flags.FlagValues) -> dict[str, Any]:
         )
     else:
         mesh = sharding.make_mesh(devices=devices)
+        images_at_once = config.sampling.images_per_device * mesh.size
         report = sample_report(
-            config, mesh, chip, batch_size=values.batch_size, assumed_mfu=values.assumed_mfu
+            config,
+            mesh,
+            chip,
+            batch_size=values.batch_size or images_at_once,
+            assumed_mfu=values.assumed_mfu,
         )
     report = {
         "topology": values.topology,
@@ -77,7 +82,8 @@ def _report(values: flags.FlagValues) -> dict[str, Any]:
             report["mend"] = changes and [f"--config.{key}={it}" for key, it in changes.items()]
         else:
             size = preflight_mends.sample_mend(config, devices, chip, report["batch_size"])
-            report["mend"] = size and [f"--batch_size={size}"]
+            of_device = f"--config.sampling.images_per_device={size // mesh.size}" if size else None
+            report["mend"] = size and [f"--batch_size={size}" if values.batch_size else of_device]
     return report
 
 
@@ -112,5 +118,10 @@ if __name__ == "__main__":
     flags.DEFINE_bool("no_mend", False, "Don't look for a change that fits.")
     flags.DEFINE_float("assumed_mfu", 0.5, "Share of peak FLOP/s to assume.", 0.01, 1.0)
     flags.DEFINE_integer("examples_per_epoch", 1_281_167, "Images of an epoch; ImageNet's.", 1)
-    flags.DEFINE_integer("batch_size", 256, "Of --what=sample: images at a time.", 1)
+    flags.DEFINE_integer(
+        "batch_size",
+        None,
+        "Of --what=sample: images at a time; by default sampling.images_per_device on each.",
+        lower_bound=1,
+    )
     program.run(main)

@@ -23,7 +23,7 @@ _IDENTITY = ("num_samples", "image_shape")
 def json_of(out: Path) -> Path:
     """Where the JSON of an output lies: beside a file or a set, within a folder of PNGs."""
     if out.suffix.lower() in FILE_SUFFIXES:
-        return out.with_suffix(".json")
+        return out.with_name(f"{out.name}.json")
     return out / JSON_OF_FOLDER
 
 

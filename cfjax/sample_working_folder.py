@@ -30,7 +30,6 @@ from cfjax.sample_places import (
     image_name,
 )
 from cfjax.sample_recipe import (
-    FILE_SUFFIXES,
     PROGRAM,
     difference,
     is_finished,
@@ -70,7 +69,6 @@ class WorkingFolder:
         if self._out.exists() and self._out.is_dir() != self._is_set:
             noun = "file" if self._is_set else "folder"
             raise UserError(f"{self._out} is a {noun}; name another --out.")
-        self._check_json_is_not_shared()
         finished, unfinished = (
             read_document(path) for path in (self._json, self._folder / _RECIPE_FILE)
         )
@@ -199,16 +197,6 @@ class WorkingFolder:
                 for i, (label, png) in enumerate(zip(labels.tolist(), encoded, strict=True), start):
                     yield pack(label, image_name(i, label), png)
                 start += len(images)
-
-    def _check_json_is_not_shared(self) -> None:
-        """Outputs that differ in the suffix alone would have the same JSON."""
-        for suffix in FILE_SUFFIXES:
-            other = self._out.with_suffix(suffix)
-            if suffix != self._kind and (other.exists() or _working_folder(other).exists()):
-                raise UserError(
-                    f"{self._out} would share {self._json.name} with {other.name}; name another"
-                    " --out."
-                )
 
     def _check_set_is_ours(self) -> None:
         if self._is_set and self._out.exists():

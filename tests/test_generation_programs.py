@@ -43,14 +43,14 @@ def test_a_recipe_repeats_the_bytes(workdir, tmp_path, capfd):
     moved = tmp_path / "moved"
     workdir.rename(moved)
     try:
-        arguments = [f"--from_json={tmp_path / 'a.json'}", f"--out={tmp_path / 'again'}"]
+        arguments = [f"--from_json={tmp_path / 'a.npz'}", f"--out={tmp_path / 'again'}"]
         with pytest.raises(UserError, match="there is no folder"):
             run_in_process(sample, arguments)
         run_in_process(sample, [*arguments, f"--checkpoint={moved}"])
     finally:
         moved.rename(workdir)
     np.testing.assert_array_equal(images_of(tmp_path / "again"), images_of(tmp_path / "a.npz"))
-    recipe = json.loads((tmp_path / "a.json").read_text())["recipe"]
+    recipe = json.loads((tmp_path / "a.npz.json").read_text())["recipe"]
     assert recipe["num_denoising_steps"] == [5, 4, 3]
     assert recipe["request"]["classes"] == [3, 7, 10]
     assert recipe["solver"]["name"] == "dpmpp_2m_sde"
@@ -62,12 +62,12 @@ def test_a_recipe_of_another_model_is_refused(workdir, tmp_path):
         sample, [f"--checkpoint={workdir}", f"--out={tmp_path / 'a.png'}", "--num_samples=2"]
     )
     other = tiny.save_random_checkpoint(tmp_path / "other", seed=1)
-    arguments = [f"--from_json={tmp_path / 'a.json'}", f"--out={tmp_path / 'b.png'}"]
+    arguments = [f"--from_json={tmp_path / 'a.png.json'}", f"--out={tmp_path / 'b.png'}"]
     with pytest.raises(UserError, match="params_sha256 is another one than in the recipe"):
         run_in_process(sample, [*arguments, f"--checkpoint={other}"])
     with pytest.raises(UserError, match="says how to sample; drop --seed"):
         run_in_process(sample, [*arguments, "--seed=3"])
-    with pytest.raises(UserError, match=r"a\.json is of cfjax\.sample"):
+    with pytest.raises(UserError, match=r"a\.png\.json is of cfjax\.sample"):
         run_in_process(edit, arguments)
     assert not (tmp_path / "b.png").exists()
 
@@ -204,7 +204,7 @@ def test_the_edit_program(workdir, model, tmp_path):
         morphed[2:], model.edit(sources, [8, 8], "random", keep_ratio=0.2, num_ar_steps=2, seed=4)
     )
     run_in_process(
-        edit, [f"--from_json={tmp_path / 'morph.json'}", f"--out={tmp_path / 'again.npz'}"]
+        edit, [f"--from_json={tmp_path / 'morph.npz.json'}", f"--out={tmp_path / 'again.npz'}"]
     )
     np.testing.assert_array_equal(images_of(tmp_path / "again.npz"), morphed)
 

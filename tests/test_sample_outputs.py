@@ -66,7 +66,7 @@ def contents(folder):
 
 
 def json_of(out):
-    return out.with_suffix(".json") if out.suffix else out / "generation.json"
+    return out.with_name(f"{out.name}.json") if out.suffix else out / "generation.json"
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind or "folder")
@@ -87,7 +87,7 @@ def test_what_is_written(out):
         "image_shape": list(SHAPE),
         "images_sha256": SHA256,
     }
-    expected = {out.name} if out.suffix == "" else {out.name, "digits.json"}
+    expected = {out.name} if out.suffix == "" else {out.name, f"{out.name}.json"}
     assert {path.name for path in out.parent.iterdir()} == expected
     before = contents(out.parent)
     again = open_(out)
@@ -290,13 +290,11 @@ def test_files_and_folders_are_not_confused(tmp_path):
             open_(tmp_path / name, overwrite=True)
 
 
-def test_a_json_is_of_one_output(tmp_path):
-    open_(tmp_path / "digits.png")
-    with pytest.raises(UserError, match=r"would share digits\.json with digits\.png; name another"):
-        open_(tmp_path / "digits.npz", overwrite=True)
-    make(tmp_path / "digits.png")
-    with pytest.raises(UserError, match=r"would share digits\.json with digits\.png; name another"):
-        open_(tmp_path / "digits.array_record")
+def test_outputs_that_differ_in_their_suffix_stand_side_by_side(tmp_path):
+    made = {suffix: make(tmp_path / f"digits{suffix}") for suffix in (".png", ".npz")}
+    for suffix, document in made.items():
+        assert read_recipe(tmp_path / f"digits{suffix}") == document
+        assert read_recipe(tmp_path / f"digits{suffix}.json") == document
 
 
 def test_a_place_that_can_not_be_written_to(out):
@@ -369,7 +367,7 @@ def test_wrong_calls(out):
 
 
 def test_no_recipe(tmp_path):
-    with pytest.raises(UserError, match=r"there is no .*digits\.json; name the output"):
+    with pytest.raises(UserError, match=r"there is no .*digits\.npz\.json; name the output"):
         read_recipe(tmp_path / "digits.npz")
     open_(tmp_path / "digits.npz")
     with pytest.raises(UserError, match=r"recipe\.json is of a cfjax\.sample that has not finish"):
