@@ -119,6 +119,7 @@ def main(_: Sequence[str]) -> None:
         for cell in done
     ]
     missing = [cell for cell in cells(values["num_seeds"]) if cell not in known]
+    missing = missing[: values["max_cells"]]
     for cell in tqdm(missing, "plane", unit="cell"):
         done.append(run_cell(model, cell, num_samples, classifier, reference))
         with path.open("a") as file:
@@ -161,6 +162,9 @@ def page(done: list[dict[str, Any]], num_samples: int, floor: float, accuracy: f
         row = []
         for solver, n in REPEATED:
             of_cell = _of(done, solver, s, n)
+            if not of_cell:
+                row.append("-")
+                continue
             fids = [cell["fid"] for cell in of_cell]
             agreement = statistics.mean(cell["class_agreement"] for cell in of_cell)
             spread = f" ± {statistics.stdev(fids):.2f}" if len(fids) > 1 else ""
@@ -191,7 +195,9 @@ def plot(done: list[dict[str, Any]], num_samples: int) -> None:
     """FID-N over denoising steps: a panel a number of AR steps, a curve a solver."""
     panels = {
         f"S = {s}": {
-            solver: [(n, _of(done, solver, s, n)[0]["fid"]) for n in DENOISING_STEPS]
+            solver: [
+                (n, cell["fid"]) for n in DENOISING_STEPS for cell in _of(done, solver, s, n)[:1]
+            ]
             for solver in SOLVERS
         }
         for s in AR_STEPS
@@ -211,7 +217,10 @@ def _of(done, solver, num_ar_steps, denoising_steps):
 
 
 def _cell(done, solver, num_ar_steps, denoising_steps):
-    cell = _of(done, solver, num_ar_steps, denoising_steps)[0]
+    of_cell = _of(done, solver, num_ar_steps, denoising_steps)
+    if not of_cell:
+        return "-"
+    cell = of_cell[0]
     seconds = 1000 * cell["seconds_per_image"]
     return f"{cell['fid']:.1f} / {cell['class_agreement']:.1%} / {seconds:.0f}"
 
@@ -221,6 +230,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("results", "runs/plane_study", "Folder of what is done.")
     flags.DEFINE_integer("num_samples", 1000, "N, of a cell.", lower_bound=2)
     flags.DEFINE_integer("num_seeds", 3, "Of the cells that are repeated.", lower_bound=1)
+    flags.DEFINE_integer("max_cells", None, "Run so many at most; those left are shown as -.")
     flags.DEFINE_bool("fresh", False, "Forget what is done.")
     flags.DEFINE_bool("write", True, "Write docs/plane.md and docs/plane.png.")
     program.run(main)
