@@ -95,7 +95,7 @@ def kernel_environment(workdir, tmp_path):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs(committed, workdir, tmp_path):
     """On a tiny model, and with two places of the plane, as each is a program to compile."""
     for cell in code_cells(committed):
