@@ -281,6 +281,10 @@ def sampling_settings(
         can't be had, or a value out of range.
     """
     sampling, diffusion = config.sampling, config.diffusion
+    if sampling.images_per_device < 1:
+        raise UserError(
+            f"sampling.images_per_device is {sampling.images_per_device}, but must be at least 1."
+        )
     num_generated = model(config).num_tokens - num_known
     sizes = ()
     if num_generated or split_sizes:

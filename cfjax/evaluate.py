@@ -122,9 +122,9 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
     steps = resolved.denoising_steps
     protocol = {
         "checkpoint": f"{values['checkpoint']}, train step {train_step}, EMA",
-        "sampler": f"{steps} denoising steps, {resolved.timestep_spacing}, of {chosen.solver.name} for"
-        f" each AR step ({_solver_details(chosen.solver)}), AR steps {resolved.split}, token order"
-        f" {chosen.token_order}",
+        "sampler": f"{steps} denoising steps of {chosen.solver.name} for each AR step"
+        f" ({_solver_details(chosen.solver)}), timestep spacing {resolved.timestep_spacing}, split"
+        f" {resolved.split}, token order {chosen.token_order}",
         "guidance": f"{guidance.scale:g} in {guidance.interval}, {guidance.schedule} over AR steps,"
         f" power {guidance.power:g} over t, by {values['guide'] or 'the null class'}",
         "rounding": "uint8, truncated",

@@ -147,7 +147,12 @@ def test_every_field_is_read(tmp_path):
     overrides = {"train__num_train_steps": 2, "train__sample_every": 2, "sampling__num_ar_steps": 2}
     autoencoders.make(tmp_path / "vae")
     path, read = str(tmp_path / "vae"), set()
-    latents = {"autoencoder__path": path, "data__size": 14, "data__channels": 2}
+    latents = {
+        "autoencoder__path": path,
+        "data__size": 14,
+        "data__channels": 2,
+        "sampling__clip_x_start": False,
+    }
     for name, change in (("pixels", {}), ("latents", latents)):
         config = tiny.config(**overrides, **change)
         train(Recorder(config, read), tmp_path / name)
