@@ -19,6 +19,13 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+    """A process may map so much memory and no more: thousands of compiled programs end in a crash."""
+    yield
+    jax.clear_caches()
+
+
 def _fail_if_skipped(report):
     if report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"

@@ -44,10 +44,8 @@ def lowered(model, settings, batch):
         pytest.param(
             {"num_ar_steps": 4, "denoising_steps": "6:3"}, [6, 5, 4, 3], marks=pytest.mark.long
         ),
+        ({"num_ar_steps": 3, "denoising_steps": "2/5/2"}, [2, 5, 2]),
         pytest.param(
-            {"num_ar_steps": 3, "denoising_steps": "2/5/2"}, [2, 5, 2], marks=pytest.mark.long
-        ),
-        (
             {
                 "split_sizes": (2, 6, 2, 6),
                 "denoising_steps": "4/3/2/4",
@@ -55,6 +53,7 @@ def lowered(model, settings, batch):
                 "solver": "dpmpp_2m_sde",
             },
             [4, 3, 2, 4],
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -120,7 +120,9 @@ def test_killed_and_run_again_gives_the_same_bytes(workdir, tmp_path):
     assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize(
+    "num_devices", [8, *(pytest.param(number, marks=pytest.mark.long) for number in (1, 2))]
+)
 def test_images_are_the_same_bytes_on_any_number_of_devices(workdir, num_devices):
     labels = np.arange(13) % 10
     mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
@@ -250,6 +252,7 @@ def test_a_guide_that_does_not_fit_is_refused(workdir, tmp_path):
         cfjax.load(workdir, guide=other)
 
 
+@pytest.mark.long
 def test_a_guide(workdir, model, tmp_path):
     """Another checkpoint of another size, in place of the null class."""
     smaller = tiny.save_random_checkpoint(tmp_path / "smaller", seed=1, model__width=8)

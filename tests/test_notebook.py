@@ -154,6 +154,7 @@ def check_emergence(frames, num_levels):
     assert not is_missing[1 + num_levels :].any()
 
 
+@pytest.mark.slow
 def test_emergence_ends_with_the_generated_image(sampler):
     options = {"num_ar_steps": 2, "denoising_steps": 4, "seed": 5}
     frames = emergence_frames(sampler, 3, **options)
@@ -166,6 +167,7 @@ def test_emergence_ends_with_the_generated_image(sampler):
         np.testing.assert_allclose(last, np.broadcast_to(generated, last.shape), atol=1)
 
 
+@pytest.mark.slow
 def test_emergence_of_ar_steps_of_different_budgets(sampler):
     """They have as many frames all the same."""
     frames = emergence_frames(sampler, 3, num_ar_steps=2, denoising_steps="3:2", num_noise_levels=5)

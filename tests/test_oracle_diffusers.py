@@ -16,7 +16,7 @@ pytestmark = pytest.mark.oracle
 SHAPE = (2, 5, 4)
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION_TYPES = {"noise": "epsilon", "x_start": "sample", "velocity": "v_prediction"}
-NUM_DENOISING_STEPS = (2, 5, 20, 50)
+NUM_DENOISING_STEPS = [2, 20, *(pytest.param(number, marks=pytest.mark.long) for number in (5, 50))]
 # How x_0 is held in range: not at all, clipped, or by its quantile.
 RANGES = {"free": {}, "clip": {"clip_x_start": True}, "threshold": {"dynamic_threshold": 0.8}}
 

@@ -51,7 +51,7 @@ def test_an_image_depends_on_seed_index_and_class_alone(sampler):
         assert (other != whole).any(axis=(1, 2, 3)).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_split_sizes_and_guidance_change_the_image(sampler):
     images = [
         sampler.generate([3], **options)

@@ -129,7 +129,10 @@ def draw(solver, target_name, noise):
 
 
 @pytest.mark.parametrize("target_name", TARGETS)
-@pytest.mark.parametrize("prediction_type", process.PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    "prediction_type",
+    ["noise", *(pytest.param(it, marks=pytest.mark.long) for it in ("x_start", "velocity"))],
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_samples_have_the_distribution_of_the_target(rule, prediction_type, target_name):
     """Within four standard errors, and 3 % for the denoising steps being few."""
