@@ -193,14 +193,17 @@ def page_of_edits(edits: list[dict[str, Any]], num_samples: int) -> str:
 
 def plot(done: list[dict[str, Any]], num_samples: int) -> None:
     """FID-N over denoising steps: a panel a number of AR steps, a curve a solver."""
-    panels = {
-        f"S = {s}": {
-            solver: [
-                (n, cell["fid"]) for n in DENOISING_STEPS for cell in _of(done, solver, s, n)[:1]
-            ]
-            for solver in SOLVERS
-        }
+    curves = {
+        (s, solver): [
+            (n, cell["fid"]) for n in DENOISING_STEPS for cell in _of(done, solver, s, n)[:1]
+        ]
         for s in AR_STEPS
+        for solver in SOLVERS
+    }
+    panels = {
+        f"S = {s}": {solver: curves[s, solver] for solver in SOLVERS}
+        for s in AR_STEPS
+        if all(curves[s, solver] for solver in SOLVERS)
     }
     labels = ("denoising steps of an AR step", f"FID-{num_samples} (mnist-classifier)")
     save_curves(PAGE.with_suffix(".png"), panels, *labels)
