@@ -86,6 +86,7 @@ def test_what_the_compiler_does_not_know_is_refused(arguments, words):
     assert words in result.stderr
 
 
+@pytest.mark.long
 def test_two_slices():
     config = f"{tiny.CONFIGS / 'mnist.py'}"
     arguments = ["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=2"]

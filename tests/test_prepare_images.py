@@ -238,7 +238,7 @@ def test_broken_images_are_refused_or_counted(folder, tmp_path, stored_as):
     assert {image.tobytes() for image in sources.all_images(expected)[0]} <= ours
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_reads_them_as_it_reads_the_folder(tmp_path):
     """Grey images of 28x28 in ten classes, as the tiny run has them."""
     rng = np.random.default_rng(0)

@@ -35,7 +35,13 @@ def run(config, mesh, num_train_steps=2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh_sizes", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh_sizes",
+    [
+        pytest.param({"data": 1}, marks=pytest.mark.long),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+)
 def test_microbatches_change_rounding_alone(mesh_sizes):
     devices = jax.devices()[: np.prod(list(mesh_sizes.values()))]
     mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
@@ -99,7 +105,7 @@ def test_gradients_of_weights_are_made_in_their_dtype(dtype):
     assert set(made) == {short[dtype]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradient_dtype_leaves_float32_alone_and_bfloat16_near():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     results = {}
