@@ -24,7 +24,7 @@ from cfjax import editing, program, sampling
 from cfjax.data.image_files import image_paths, read_image, read_images, write_png
 from cfjax.data.images import center_crop
 from cfjax.errors import UserError
-from cfjax.generation_request import Request, check_recipe, recipe_of, request_from_flags
+from cfjax.generation_request import Request, recipe_of, request_from_flags
 from cfjax.sample import Part, asked_for, define_output_flags, write
 from cfjax.sampler import Sampler
 from cfjax.sampling_flags import (
@@ -40,10 +40,10 @@ MAX_STRIP_ROWS = 20
 
 
 def edit_from_flags() -> dict[str, Any]:
-    """What is kept of which images, as JSON values; masks and images with their checksums.
+    """What is kept of which images, as JSON values.
 
     Raises:
-      UserError: flags that contradict each other, or a missing mask.
+      UserError: flags that contradict each other.
     """
     values = flags.FLAGS.flag_values_dict()
     sources = integers("source_classes", values["source_classes"])
@@ -164,8 +164,6 @@ def main(_: Sequence[str]) -> None:
         "source_sha256": checksum(images),
         "is_known_sha256": checksum(np.stack([known.is_known for known in knowns])),
     }
-    if repeated is not None:
-        check_recipe(repeated["recipe"], recipe)
     shown = images[:MAX_STRIP_ROWS]
     edited = np.zeros((len(parts), *shown.shape), np.uint8)
     is_there = np.zeros(edited.shape[:2], bool)

@@ -19,11 +19,8 @@ import cfjax
 from cfjax import sampling
 from cfjax.checkpoint_folders import find
 from cfjax.errors import UserError
-from cfjax.sampler import Sampler
+from cfjax.sampler import OF_MODEL, Sampler
 from cfjax.sampling_flags import integers, load_overrides, sampling_overrides
-
-# Of config.sampling, fixed when a model is loaded.
-OF_MODEL = ("dtype", "images_per_device")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,8 @@ def _read_config(directory: str | PathLike, train_step: int | None) -> ConfigDic
     config = config_from_json(checkpoints.read_config(directory, train_step))
     try:
         build.sampling_model(config)
-        build.sampling_settings(config)
+        # Who guides, and how strongly, may be overridden: it is checked when that is known.
+        build.sampling_settings(config, is_autoguided=True)
         build_data.sees_latents(config)
     except AttributeError as error:
         raise UserError(

@@ -24,6 +24,9 @@ from cfjax.models.causal_fusion import CausalFusion
 from cfjax.models.patches import patchify, unpatchify
 from cfjax.rng import per_example_keys, stream_key
 
+# Of config.sampling, fixed when a model is loaded.
+OF_MODEL = ("dtype", "images_per_device")
+
 
 def override_sampling(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
     """Sets fields of `config.sampling`.
@@ -161,7 +164,7 @@ class Sampler:
         """
         config = self.config.copy_and_resolve_references()
         override_sampling(config, overrides)
-        for name in ("dtype", "images_per_device"):
+        for name in OF_MODEL:
             if config.sampling[name] != self.config.sampling[name]:
                 raise UserError(f"{name} is of the loaded model; pass it to cfjax.load.")
         return build.sampling_settings(config, split_sizes, num_known, self.guide is not None)

@@ -9,11 +9,10 @@ from absl import flags
 from cfjax import program, sharding
 from cfjax.errors import UserError
 from cfjax.model_loading import load
-from cfjax.sampler import Sampler
+from cfjax.sampler import OF_MODEL, Sampler
 
-# Of config.sampling, read when the model is loaded and when it generates; num_ar_steps is defined
-# where a program takes one number of AR steps.
-_OF_MODEL = ("dtype", "images_per_device")
+# Of config.sampling, read when the model generates; num_ar_steps is defined where a program takes
+# one number of AR steps.
 _OF_SAMPLES = (
     *("num_ar_steps", "split", "token_order", "denoising_steps", "timestep_spacing"),
     *("solver", "variance", "eta", "temperature", "clip_x_start", "dynamic_threshold"),
@@ -97,7 +96,7 @@ def load_sampler() -> Sampler:
 def load_overrides() -> dict[str, Any]:
     """The fields of `config.sampling` that flags override when the model is loaded."""
     values = flags.FLAGS.flag_values_dict()
-    return {name: values[name] for name in _OF_MODEL if values[name] is not None}
+    return {name: values[name] for name in OF_MODEL if values[name] is not None}
 
 
 def sampling_overrides() -> dict[str, Any]:
@@ -117,7 +116,7 @@ def refuse_other_flags(reason: str, others: Sequence[str] = ()) -> None:
     Raises:
       UserError: one of them is given.
     """
-    names = (*_OF_MODEL, *_OF_SAMPLES, "split_sizes", "seed", "train_step", *others)
+    names = (*OF_MODEL, *_OF_SAMPLES, "split_sizes", "seed", "train_step", *others)
     for name in names:
         if name in flags.FLAGS and flags.FLAGS[name].present:
             raise UserError(f"{reason}; drop --{name}.")

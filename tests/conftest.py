@@ -26,6 +26,14 @@ def _free_compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A run of the tiny model with random parameters; a test that changes it works on a copy."""
+    import tiny  # after the environment is set
+
+    return tiny.save_random_checkpoint(tmp_path_factory.mktemp("random") / "run")
+
+
 def _fail_if_skipped(report):
     if report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"

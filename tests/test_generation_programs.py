@@ -23,11 +23,6 @@ from cfjax.generation_request import params_checksum
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tiny.save_random_checkpoint(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
 def model(workdir):
     return cfjax.load(workdir)
 
@@ -250,6 +245,16 @@ def test_a_guide_that_does_not_fit_is_refused(workdir, tmp_path):
     other = tiny.save_random_checkpoint(tmp_path / "other", diffusion__prediction_type="noise")
     with pytest.raises(UserError, match=r"diffusion\.prediction_type=noise.*x_start"):
         cfjax.load(workdir, guide=other)
+
+
+def test_a_model_without_class_dropout_needs_no_more_than_another_guide(workdir, tmp_path):
+    """It is loaded; what it can't do is refused when it is asked for."""
+    other = tiny.save_random_checkpoint(tmp_path / "other", loss__class_dropout=0.0)
+    alone, guided = cfjax.load(other), cfjax.load(other, guide=workdir)
+    with pytest.raises(UserError, match="does not know the null class"):
+        alone.settings({"guidance_scale": 2.0})
+    assert not alone.settings({"guidance_scale": 1.0}).is_guided
+    assert guided.settings({"guidance_scale": 2.0}).is_guided
 
 
 @pytest.mark.long

@@ -1,4 +1,7 @@
-"""Generated images as files: every kind, refusals, and kills at every operation on a file."""
+"""Generated images as files: every kind, refusals, and kills at every operation on a file.
+
+In one file, though long: the kills run it as a program that makes the same outputs.
+"""
 
 import hashlib
 import json

@@ -23,11 +23,6 @@ L = 16
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    return tiny.save_random_checkpoint(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
 def sampler(workdir):
     return cfjax.load(workdir)
 
@@ -218,7 +213,9 @@ def test_the_program_refuses_before_it_writes(workdir, tmp_path, arguments, word
 
 
 def test_draw(workdir, tmp_path):
-    (workdir / "metrics.jsonl").write_text(
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    (run / "metrics.jsonl").write_text(
         "".join(
             json.dumps({"train_step": i, "loss": 1 / i, "loss/ar_step_0": 2, "learning_rate": 0.1})
             + "\n"
@@ -227,12 +224,17 @@ def test_draw(workdir, tmp_path):
     )
     run_in_process(
         draw,
-        [f"--checkpoint={workdir}", f"--out={tmp_path}", "--ar_steps=1,4", "--plane_ar_steps=3"],
+        [
+            f"--checkpoint={run}",
+            f"--out={tmp_path / 'pictures'}",
+            "--ar_steps=1,4",
+            "--plane_ar_steps=3",
+        ],
     )
-    names = sorted(path.name for path in tmp_path.iterdir())
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert names == ["factorization_plane.png", "samples.png", "training_curves.png"]
     for name in names:
-        assert read_picture(tmp_path / name).std() > 1
+        assert read_picture(tmp_path / "pictures" / name).std() > 1
 
 
 def test_the_plane_shows_clean_noised_and_missing_tokens(sampler):
