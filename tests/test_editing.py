@@ -94,7 +94,7 @@ def known_of(mask, seed=1):
     return sampling.Known(tokens, np.broadcast_to(mask, (2, L)))
 
 
-@pytest.mark.parametrize("split_sizes", [(8,), (1, 3, 4), (1,) * 8])
+@pytest.mark.parametrize("split_sizes", [(8,), (1, 3, 4), (1,) * 8, (1, 3, 1, 3)])
 def test_kept_tokens_come_back_to_the_bit(network, split_sizes):
     known = known_of(tokens_of(["##..", "##..", "##..", "##.."]))
     tokens = np.asarray(generate(network, split_sizes, known, 8))

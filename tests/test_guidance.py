@@ -105,9 +105,14 @@ def test_an_interval_guides_as_where_it_is_everywhere(network):
     """Guided denoising steps at the noisy end are those of full guidance; the others unguided."""
     model, params = network
     trajectories = {}
-    for name, interval in (("all", (0, 1000)), ("noisy", (500, 1000)), ("none", (0, 1))):
+    for name, scale, interval in (
+        ("all", 3.0, (0, 1000)),
+        ("noisy", 3.0, (500, 1000)),
+        ("clean", 3.0, (0, 1)),
+        ("none", 1.0, (0, 1000)),
+    ):
         settings = settings_of(
-            num_ar_steps=1, denoising_steps="4", guidance_scale=3.0, guidance_interval=interval
+            num_ar_steps=1, denoising_steps="4", guidance_scale=scale, guidance_interval=interval
         )
         trajectories[name] = sampling.generate(
             model, params, settings, *arguments(), return_trajectory=True
@@ -116,6 +121,9 @@ def test_an_interval_guides_as_where_it_is_everywhere(network):
     np.testing.assert_allclose(trajectories["all"][:2], trajectories["noisy"][:2], atol=1e-5)
     assert np.abs(trajectories["all"][2] - trajectories["noisy"][2]).max() > 1e-3
     assert np.abs(trajectories["none"][0] - trajectories["noisy"][0]).max() > 1e-3
+    # Outside it is the prediction for the class, not for none.
+    np.testing.assert_allclose(trajectories["none"][:3], trajectories["clean"][:3], atol=1e-5)
+    assert np.abs(trajectories["none"][3] - trajectories["clean"][3]).max() > 1e-3
 
 
 def test_autoguidance_by_the_model_itself_changes_nothing(network):
