@@ -44,8 +44,8 @@ def cosine_split_sizes(num_tokens: int, num_ar_steps: int) -> tuple[int, ...]:
     sizes, left = [], num_tokens
     for ar_step in range(1, num_ar_steps + 1):
         to_come = math.floor(num_tokens * math.cos(math.pi / 2 * ar_step / num_ar_steps))
-        # At least one token for this AR step and for each of those that follow.
-        to_come = max(min(to_come, left - 1), num_ar_steps - ar_step)
+        # The cosine is above its chord, so that enough are left for the AR steps that follow.
+        to_come = min(to_come, left - 1)
         sizes.append(left - to_come)
         left = to_come
     return tuple(sorted(sizes))

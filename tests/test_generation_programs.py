@@ -50,6 +50,8 @@ def test_a_recipe_repeats_the_bytes(workdir, tmp_path, capfd):
     recipe = json.loads((tmp_path / "a.npz.json").read_text())["recipe"]
     assert recipe["num_denoising_steps"] == [5, 4, 3]
     assert recipe["request"]["classes"] == [3, 7, 10]
+    # All fields, as another version may have other defaults.
+    assert set(recipe["request"]["sampling"]) == set(tiny.config().sampling)
     assert recipe["solver"]["name"] == "dpmpp_2m_sde"
     assert set(recipe["versions"]) == {"cfjax", "jax", "numpy", "device"}
 

@@ -10,7 +10,7 @@ from cfjax.plans import cosine_split_sizes, denoising_budgets, split_sizes
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 16, 49, 256])
 def test_cosine_sizes_grow_and_sum(num_tokens):
-    for num_ar_steps in {1, 2, 3, 7, num_tokens} & set(range(1, num_tokens + 1)):
+    for num_ar_steps in range(1, num_tokens + 1):
         sizes = cosine_split_sizes(num_tokens, num_ar_steps)
         assert len(sizes) == num_ar_steps and sum(sizes) == num_tokens
         assert min(sizes) >= 1 and list(sizes) == sorted(sizes)
