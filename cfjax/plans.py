@@ -44,8 +44,9 @@ def cosine_split_sizes(num_tokens: int, num_ar_steps: int) -> tuple[int, ...]:
     sizes, left = [], num_tokens
     for ar_step in range(1, num_ar_steps + 1):
         to_come = math.floor(num_tokens * math.cos(math.pi / 2 * ar_step / num_ar_steps))
-        # The cosine is above its chord, so that enough are left for the AR steps that follow.
-        to_come = min(to_come, left - 1)
+        # The cosine is above its chord, so that enough are left for the AR steps that follow; of the
+        # last one it may be a rounding below 0.
+        to_come = max(min(to_come, left - 1), 0)
         sizes.append(left - to_come)
         left = to_come
     return tuple(sorted(sizes))
