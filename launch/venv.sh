@@ -37,8 +37,8 @@ make_venv() {
   fi
 }
 
-# prepare_venv LOCK: .venv with the packages of a lock file and cfjax itself, editable. To be called
-# from the repository's root. A stamp in .venv remembers what was installed, so that the next call
+# prepare_venv LOCK: .venv with the packages of a lock file and cfjax itself, editable, and those of
+# <LOCK>-no-deps.txt, if there is one. To be called from the repository's root. A stamp in .venv remembers what was installed, so that the next call
 # does nothing.
 prepare_venv() {
   local lock=$1 stamp=".venv/installed-$1" state
@@ -54,6 +54,9 @@ prepare_venv() {
   echo "Installing $lock into .venv: a minute or two."
   rm -f "$stamp"
   .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$lock"
+  if [ -f "${lock%.txt}-no-deps.txt" ]; then
+    .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r "${lock%.txt}-no-deps.txt"
+  fi
   .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
   echo "$state" >"$stamp"
 }
