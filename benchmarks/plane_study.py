@@ -8,6 +8,7 @@ Seconds are of this machine, without compilation, and of the fastest of a cell's
 `sampling.images_per_device` images: what else ran disturbs it least.
 """
 
+import itertools
 import json
 import statistics
 import time
@@ -36,8 +37,12 @@ DENOISING_STEPS = (5, 10, 20, 50, 100)
 SOLVERS = ("ddpm", "ddim", "dpmpp_2m")
 # Cells that are repeated with other seeds, which tells how far a number scatters.
 REPEATED = (("ddpm", 100), ("dpmpp_2m", 20))
-EDITS = ("top", "bottom", "left", "right", "center", "outside", "random")
-EDIT_KEEP_RATIO, EDIT_AR_STEPS = 0.3, 7
+# What is kept; of "random" the share too.
+EDITS = (
+    *(("top", 0.0), ("bottom", 0.0), ("left", 0.0), ("right", 0.0), ("center", 0.0)),
+    *(("outside", 0.0), ("random", 0.1), ("random", 0.2), ("random", 0.3)),
+)
+EDIT_GUIDANCE, EDIT_AR_STEPS = (2.0, 6.0), 7
 
 
 def cells(num_seeds: int) -> list[dict[str, Any]]:
@@ -87,18 +92,29 @@ def run_cell(
 
 
 def run_edit(
-    model: Sampler, keep: str, num_samples: int, classifier: TrainedClassifier
+    model: Sampler,
+    keep: str,
+    keep_ratio: float,
+    guidance_scale: float,
+    num_samples: int,
+    classifier: TrainedClassifier,
 ) -> dict[str, Any]:
     """How often real digits are the new class after an edit, and the share that is generated."""
     images, labels = all_images(build_data.images(model.config, "held_out"))
     images, labels = images[:num_samples], labels[:num_samples]
     wanted = (labels + 1 + np.arange(len(labels)) % 9) % 10  # all other classes
-    known = model.known_tokens(images, keep, keep_ratio=EDIT_KEEP_RATIO)
+    known = model.known_tokens(images, keep, keep_ratio=keep_ratio)
     edited = model.edit(
-        images, wanted, keep, keep_ratio=EDIT_KEEP_RATIO, num_ar_steps=EDIT_AR_STEPS
+        images,
+        wanted,
+        keep,
+        keep_ratio=keep_ratio,
+        num_ar_steps=EDIT_AR_STEPS,
+        guidance_scale=guidance_scale,
     )
     return {
-        "keep": keep,
+        "keep": f"{keep} {keep_ratio:.0%}" if keep_ratio else keep,
+        "guidance_scale": guidance_scale,
         "share_generated": float(1 - known.is_known.mean()),
         "agreement": float((classifier.features(edited)[1] == wanted).mean()),
         "old_class": float((classifier.features(edited)[1] == labels).mean()),
@@ -130,7 +146,11 @@ def main(_: Sequence[str]) -> None:
         with path.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
     if values["write"]:
-        edits = [run_edit(model, keep, num_samples, classifier) for keep in EDITS]
+        edits = [
+            run_edit(model, keep, keep_ratio, guidance_scale, num_samples, classifier)
+            for keep, keep_ratio in tqdm(EDITS, "edits", unit="mask")
+            for guidance_scale in EDIT_GUIDANCE
+        ]
         text = page(done, num_samples, floor_distance(real), classifier.held_out_accuracy)
         text += page_of_edits(edits, num_samples)
         before, rest = PAGE.read_text().split(BEGIN)
@@ -180,19 +200,21 @@ def page(done: list[dict[str, Any]], num_samples: int, floor: float, accuracy: f
 
 def page_of_edits(edits: list[dict[str, Any]], num_samples: int) -> str:
     """The table of edits in Markdown."""
+    guided = [
+        f"guidance {scale:g}: is the new class / still the old one" for scale in EDIT_GUIDANCE
+    ]
     lines = [
         "",
         f"Edits of {num_samples} held-out digits in {EDIT_AR_STEPS} AR steps, each with a class that it is"
-        f" not, all others equally often; `random` keeps {EDIT_KEEP_RATIO:.0%}.",
+        " not, all others equally often.",
         "",
-        "| kept | share generated anew | is the new class | is still the old one |",
-        "|---|---|---|---|",
+        "| kept | share generated anew | " + " | ".join(guided) + " |",
+        "|---" * (2 + len(guided)) + "|",
     ]
-    for edit in edits:
-        lines.append(
-            f"| {edit['keep']} | {edit['share_generated']:.0%} | {edit['agreement']:.1%} |"
-            f" {edit['old_class']:.1%} |"
-        )
+    for keep, of_mask in itertools.groupby(edits, lambda edit: edit["keep"]):
+        row = list(of_mask)
+        cells = [f"{edit['agreement']:.1%} / {edit['old_class']:.1%}" for edit in row]
+        lines.append(f"| {keep} | {row[0]['share_generated']:.0%} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
