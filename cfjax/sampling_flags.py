@@ -80,8 +80,8 @@ def mesh_from_flags() -> jax.sharding.Mesh:
     return sharding.make_mesh(fsdp=values.get("fsdp", 1), tensor=values.get("tensor", 1))
 
 
-def load_sampler() -> Sampler:
-    """The checkpoint that the flags name, on the mesh that they name."""
+def load_sampler(weights: str = "ema") -> Sampler:
+    """The checkpoint that the flags name, on the mesh that they name; see `cfjax.load`."""
     values = flags.FLAGS.flag_values_dict()
     return load(
         values["checkpoint"],
@@ -89,6 +89,7 @@ def load_sampler() -> Sampler:
         mesh_from_flags(),
         values["autoencoder"],
         values["guide"],
+        weights,
         **load_overrides(),
     )
 

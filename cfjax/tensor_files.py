@@ -65,6 +65,8 @@ class TensorFile(Mapping[str, np.ndarray]):
             raise ValueError("its header is cut off")
         header = json.loads(self._bytes[8 : 8 + length].tobytes())
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata have no names")
         entries = {}
         for name, entry in header.items():
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
@@ -99,6 +101,7 @@ def write_tensors(
     path: str | PathLike,
     shapes: Mapping[str, tuple[int, ...]],
     arrays: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a file of float32 arrays, which appears under its name only when it is whole.
 
@@ -106,8 +109,9 @@ def write_tensors(
       path: on disk.
       shapes: of all arrays by name.
       arrays: the same names in the same order, with their arrays; taken one at a time.
+      metadata: what else `TensorFile.metadata` shall have.
     """
-    header, offset = {}, 0
+    header, offset = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name, shape in shapes.items():
         end = offset + 4 * math.prod(shape)
         header[name] = {

@@ -9,7 +9,7 @@ goes on from the one before it, says so, and keeps the damaged one as `<train st
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,11 +27,14 @@ from cfjax import (
     preemption,
     program,
     sharding,
+    train_evaluation,
     train_loop,
 )
 from cfjax.autoencoder_files import Autoencoder
 from cfjax.config_loading import define_config_flag
 from cfjax.data.images import to_uint8
+from cfjax.data.sources import SPLITS
+from cfjax.errors import UserError
 from cfjax.mesh_autoencoder import MeshAutoencoder
 from cfjax.models.patches import unpatchify
 from cfjax.rng import per_example_keys, stream_key
@@ -60,6 +63,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     mesh = build.mesh(config)
     train_program = build.train_program(config, mesh)
     build.sampling_settings(config)  # refused now rather than after training
+    train_evaluation.check(config)
     loaded = build_data.autoencoder(config)
     source = build_data.source(config, "train", loaded)
     autoencoder = _on_mesh(loaded, config, mesh)
@@ -81,15 +85,40 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         description=f"{build.sequence_length(config)} tokens a sequence",
         picture=lambda state: _sample_grid(config, state.ema_params, autoencoder),
         picture_name="samples",
+        scores=_scores(config, mesh, autoencoder, loaded, workdir),
+        is_best_by_score=config.train.keep_best_metric in train_evaluation.METRICS,
     )
     return train_loop.run(training, config, workdir)
 
 
 def _on_mesh(loaded: Autoencoder | None, config: ConfigDict, mesh: Mesh) -> MeshAutoencoder | None:
     """What encodes images in training or decodes samples, if anything has to."""
-    if loaded is None or (config.data.name == "latents" and not config.train.sample_every):
+    is_decoded = config.train.sample_every or config.evaluation.every
+    if loaded is None or (config.data.name == "latents" and not is_decoded):
         return None
     return mesh_autoencoder.put(loaded, mesh)
+
+
+def _scores(
+    config: ConfigDict,
+    mesh: Mesh,
+    autoencoder: MeshAutoencoder | None,
+    loaded: Autoencoder | None,
+    workdir: str,
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """What scores a state, if anything does."""
+    if not config.evaluation.every:
+        return None
+    sources = None
+    if not (config.evaluation.inception_weights and config.evaluation.reference):
+        if config.data.name == "latents":
+            raise UserError(
+                "the data are latents; name what to compare with: evaluation.inception_weights and"
+                " evaluation.reference."
+            )
+        sources = tuple(build_data.source(config, split, loaded) for split in SPLITS)
+    of_ema = train_evaluation.scorer(config, mesh, autoencoder, sources, workdir)
+    return lambda state: of_ema(state.ema_params)
 
 
 def _train_steps(

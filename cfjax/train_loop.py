@@ -43,6 +43,8 @@ class Training:
       description: of an example, for the log: "49 tokens a sequence".
       picture: a state to a uint8 picture `[height, width, 1 or 3]` for TensorBoard.
       picture_name: under which it is shown.
+      scores: a state to scores by name, where `config.evaluation` asks for them; else None.
+      is_best_by_score: `train.keep_best_metric` is one of those.
     """
 
     mesh: Mesh
@@ -53,6 +55,8 @@ class Training:
     description: str
     picture: Callable[[TrainState], np.ndarray]
     picture_name: str
+    scores: Callable[[TrainState], dict[str, float]] | None = None
+    is_best_by_score: bool = False
 
 
 def run(training: Training, config: ConfigDict, workdir: str) -> TrainState:
@@ -121,7 +125,7 @@ def run(training: Training, config: ConfigDict, workdir: str) -> TrainState:
             last=num_train_steps,
             log_every=config.train.log_every,
             batch_size=batch_size,
-            followed=config.train.keep_best_metric,
+            followed="" if training.is_best_by_score else config.train.keep_best_metric,
         )
         for number in range(first + 1, num_train_steps + 1):
             batch = sharding.assemble_global_batch(next(loader), mesh)
@@ -130,10 +134,17 @@ def run(training: Training, config: ConfigDict, workdir: str) -> TrainState:
             is_last = number == num_train_steps
             is_preempted = preemption.is_due(number - first)
             is_regular = number % config.train.checkpoint_every == 0
+            scores = {}
+            if training.scores is not None and number % config.evaluation.every == 0:
+                progress.check_finite()
+                scores = training.scores(state)
+                log.write(number, {f"evaluation/{name}": it for name, it in scores.items()})
             if is_last or is_preempted or is_regular:
                 progress.check_finite()  # a state that is not finite is never saved
                 log.flush()
                 metric = progress.take_followed() if is_regular else None
+                if training.is_best_by_score:
+                    metric = scores.get(config.train.keep_best_metric)
                 writer.save(state, config_to_json(config), number * batch_size, metric)
             if config.train.sample_every and (is_last or number % config.train.sample_every == 0):
                 log.image(number, training.picture_name, training.picture(state))

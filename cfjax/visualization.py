@@ -139,20 +139,23 @@ def save_curves(
     path: str | PathLike,
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
     x_label: str,
-    y_label: str,
+    y_label: str = "",
+    is_logarithmic: bool = True,
 ) -> None:
-    """Panels of named curves side by side, logarithmic along x.
+    """Panels of named curves side by side.
 
     Args:
       path: of the PNG.
       panels: title -> name of a curve -> points.
-      x_label, y_label: of the axes.
+      x_label: of the axis.
+      y_label: of the axis that the panels share; "" where each has its own.
+      is_logarithmic: along x.
     """
     figure, axes = plt.subplots(
         1,
         len(panels),
         figsize=(3 * len(panels), 3),
-        sharey=True,
+        sharey=bool(y_label),
         squeeze=False,
         layout="constrained",
     )
@@ -160,7 +163,8 @@ def save_curves(
         for name, points in curves.items():
             ax.plot(*zip(*points, strict=True), label=name, marker="o", markersize=3, linewidth=1.2)
         ax.set_title(title, fontsize=10)
-        ax.set_xscale("log")
+        if is_logarithmic:
+            ax.set_xscale("log")
         ax.set_xlabel(x_label, fontsize=8)
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel(y_label, fontsize=8)

@@ -88,9 +88,15 @@ def get_config() -> ConfigDict:
     config.train.keep_checkpoints = 3  # how many of them stay
     config.train.keep_every = 0  # those of train steps that this divides stay too; 0 for none
     config.train.keep_best_metric = (
-        ""  # the one where this is lowest stays too: "loss"; "" for none
+        ""  # the one where this is lowest stays too: "loss", "fid"; "" for none
     )
     config.train.sample_every = 0  # train steps between sample grids in TensorBoard; 0 for none
+
+    config.evaluation = ConfigDict()  # of the EMA weights during training
+    config.evaluation.every = 0  # train steps between evaluations; 0 for none
+    config.evaluation.num_samples = 1000  # N of FID-N, sampled as config.sampling says
+    config.evaluation.inception_weights = ""  # of the ADM suite; else a classifier is trained
+    config.evaluation.reference = ""  # .npz or folder to compare with; else the training images
 
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along data; -1 takes what the others leave

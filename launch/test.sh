@@ -17,4 +17,5 @@ else
   prepare_venv requirements-test.txt
   set -- -m "not slow and not long and not oracle" "$@"
 fi
-exec .venv/bin/python -m pytest "$@"
+# Two test files at a time; `-n 0` runs them one after the other, in this process.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

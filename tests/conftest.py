@@ -9,6 +9,9 @@ from pathlib import Path
 
 # Before jax is imported, and in the environment, for the programs that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Two files are tested at a time, and threads of both that wait for each other only burn time.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")

@@ -34,5 +34,6 @@ def test_a_train_step_with_splash_attention_moves_fewest_bytes():
     assert steps["splash"] < 0.9 * steps["fused"]
 
 
+@pytest.mark.long
 def test_a_layer_with_splash_attention_moves_fewer_bytes():
     assert bytes_accessed("block_splash") <= 0.95 * bytes_accessed("block_fused")

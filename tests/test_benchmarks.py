@@ -102,7 +102,7 @@ def test_benchmark_prints_json(name):
     assert values["ratio_to_matmul_min"] <= values["ratio_to_matmul"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scaling_runs_each_number_of_devices():
     flags = ["--devices=1,2", "--train_steps=1", "--batches=0", *tiny.flags()]
     values = run("scaling", *flags)

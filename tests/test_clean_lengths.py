@@ -87,7 +87,7 @@ def test_every_train_step_gets_the_shortest_length_that_suffices():
         assert next(chosen) == min(length for length in lengths if length >= needed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_loss_and_gradients_are_those_of_the_full_length():
     config = tiny.config(factorization__mode="decayed")
     model, objective_ = build.model(config), build.objective(config)

@@ -143,7 +143,7 @@ def test_paths(store):
         checkpoints.restore_ema("gs://bucket/nowhere")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_program_trains_and_resumes(store, tmp_path):
     options = {"fault": ("cloud", tmp_path / "objects"), "workdir_flag": RUN}
     options |= {"train__checkpoint_every": 2, "train__log_every": 1}

@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_features
 from ml_collections import ConfigDict
 
-from cfjax import build, train_autoencoder
+from cfjax import build, evaluation_inputs, train_autoencoder
 from cfjax.autoencoder_train_step import compile_train_step
 from cfjax.config_loading import load_config
+from cfjax.data.image_files import write_npz
 from cfjax.errors import UserError
 from cfjax.models.causal_fusion import SIZES
 from cfjax.sharding import abstract_sharded, batch_sharding, born_sharded, make_mesh
@@ -69,7 +71,9 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
     assert np.abs(after.params["final_projection"]["bias"] - before).max() > 0
 
 
-@pytest.mark.parametrize("name", [*AUTOENCODERS, "default_autoencoder.py"])
+@pytest.mark.parametrize(
+    "name", [*AUTOENCODERS, pytest.param("default_autoencoder.py", marks=pytest.mark.long)]
+)
 def test_an_autoencoder_config_takes_a_train_step_when_shrunk(name):
     config = load(name)
     config.autoencoder.update({"channels": 4, "num_groups": 2, "num_res_blocks": 1})
@@ -142,9 +146,20 @@ def dotted_keys(config, prefix=""):
             yield prefix + name
 
 
-def test_every_field_is_read(tmp_path):
+def test_every_field_is_read(tmp_path, monkeypatch):
     """Those of the autoencoder where there is one."""
-    overrides = {"train__num_train_steps": 2, "train__sample_every": 2, "sampling__num_ar_steps": 2}
+    extractor = tiny_features.TinyExtractor()
+    monkeypatch.setattr(evaluation_inputs, "inception", lambda *_: extractor)
+    write_npz(tmp_path / "real.npz", tiny_features.images(4, size=28), np.zeros(4, np.int32))
+    overrides = {
+        "train__num_train_steps": 2,
+        "train__sample_every": 2,
+        "sampling__num_ar_steps": 2,
+        "evaluation__every": 2,
+        "evaluation__num_samples": 2,
+        "evaluation__inception_weights": "inception.safetensors",
+        "evaluation__reference": str(tmp_path / "real.npz"),
+    }
     autoencoders.make(tmp_path / "vae")
     path, read = str(tmp_path / "vae"), set()
     latents = {

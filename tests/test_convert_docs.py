@@ -10,6 +10,7 @@ from converting import convert
 from golden_data import published_params
 from test_convert_autoencoder import published as published_autoencoder
 from test_convert_autoencoder import write as write_diffusers
+from test_convert_inception import random_arrays, write_graph
 from test_convert_optimizer import trained
 from test_convert_torch import save, tensors
 
@@ -45,12 +46,13 @@ def test_every_command_makes_what_it_says(tmp_path, monkeypatch):
     whole = {"first_stage_model." + name: array for name, array in names.items()}
     save(tmp_path / "v1-5-pruned.ckpt", {"state_dict": tensors(whole)})
     write_diffusers(tmp_path / "sd-vae-ft-mse", published_autoencoder())
+    write_graph(tmp_path / "classify_image_graph_def.pb", random_arrays())
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/imagenet256.py").write_text(CONFIG)
 
     page = (tiny.REPOSITORY / "docs/weights.md").read_text().replace("\\\n", "")
     commands = re.findall(r"^python -m cfjax\.convert (.*)$", page, re.M)
-    assert len(commands) == 9
+    assert len(commands) == 10
     monkeypatch.chdir(tmp_path)
     for command in commands:
         words = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(command))

@@ -54,6 +54,7 @@ def test_a_larger_image_interpolates_the_table_and_keeps_the_rest(tmp_path, run)
     ]
 
 
+@pytest.mark.long
 def test_frozen_tables_are_computed_anew(tmp_path):
     sincos = {"model__position_embedding": "sincos"}
     train(tiny.config(**sincos, train__num_train_steps=3), tmp_path / "run")

@@ -153,7 +153,7 @@ def test_to_ours_and_back_bit_for_bit(tmp_path, letter):
     assert any("start_epoch is 0" in it for it in remarks(tmp_path / "back.pt.conversion.json"))
 
 
-@pytest.mark.parametrize("letter", golden_data.MODELS)
+@pytest.mark.parametrize("letter", ["A", pytest.param("B", marks=pytest.mark.long)])
 def test_the_next_update_is_the_same_here_and_there(tmp_path, letter):
     first = trained(letter)
     source = save(tmp_path / "x.pt", first.document())
@@ -216,6 +216,7 @@ def test_two_iterations_of_torch_and_two_of_ours_are_the_four_published(tmp_path
     assert_published_ends(letter, *published_ends(letter, final))
 
 
+@pytest.mark.long
 def test_training_goes_on_with_the_same_bits_after_a_visit_to_torch(tmp_path):
     whole = tiny.trained(tmp_path / "whole")
     there = convert(tmp_path / "whole", tmp_path / "x.pt", "--to=published", "--train_step=3")

@@ -253,7 +253,7 @@ def test_bfloat16_is_rounded_to_the_nearest(pictures, vae, tmp_path):
     np.testing.assert_array_equal(exact.astype(ml_dtypes.bfloat16), rounded)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_grey_digits(tmp_path):
     module = tiny_encoding.MODULE.clone(image_channels=1)
     params = module.init(jax.random.key(0), np.zeros((1, 4, 4, 1)))["params"]

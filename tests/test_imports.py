@@ -13,7 +13,9 @@ REPOSITORY = Path(__file__).parent.parent
 GROUND = "ground floor"
 PROGRAMS = [
     *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
-    *("sample", "edit", "evaluate", "draw", "prepare_images"),
+    *("sample", "edit", "draw", "prepare_images"),
+    *("evaluate", "evaluation_inputs", "evaluation_rows", "evaluation_sweep"),
+    *("reference_stats", "train_evaluation"),
     *("sampling_flags", "generation_request"),
     *("sample_outputs", "sample_places", "sample_recipe", "sample_working_folder"),
     *("encode", "encode_verify"),
@@ -40,13 +42,16 @@ ROOMS = {
         [GROUND, "models"],
     ),
     "autoencoder files": (
-        ["autoencoder_files", "lpips_files", "mesh_autoencoder", "latent_encoder"],
+        [
+            *("autoencoder_files", "lpips_files", "inception_files"),
+            *("mesh_autoencoder", "latent_encoder"),
+        ],
         [GROUND, "models"],
     ),
     "storage": (["train_state", "checkpoints", "checkpoint_weights"], [GROUND]),
     "metric log": (["metric_log", "metric_files"], [GROUND]),
     "data": (["data"], [GROUND]),
-    "evaluation": (["evaluation"], [GROUND, "models", "data"]),
+    "evaluation": (["evaluation"], [GROUND, "models", "data", "autoencoder files"]),
     "pictures": (["visualization"], [GROUND]),
     "config": (["config_loading", "program"], [GROUND]),
     "train step": (
@@ -93,7 +98,7 @@ LIBRARIES = {
     "tqdm": None,
     "flax": [
         *("sharding", "train_state", "models", "autoencoder_files", "lpips_files"),
-        *("convert", "evaluation"),
+        *("inception_files", "convert", "evaluation"),
     ],
     "optax": [
         *("optimizer", "train_state", "train_step", "autoencoder_train_step"),

@@ -132,7 +132,7 @@ def place(tmp_path_factory):
     return place
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_pictures_to_samples(place):
     vae = place / "vae" / "autoencoder"
     trained = json.loads((vae / "training.json").read_text())

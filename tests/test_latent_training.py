@@ -106,7 +106,7 @@ def test_latents_are_drawn_anew_from_their_moments():
     assert len(np.unique(np.asarray(drawn[:, 0, 0, 0]))) == 64  # each row has a key of its own
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_train_step_sees_scaled_latents(folder):
     """Certain moments, so that nothing is drawn: the loss is that of scaled means as pixels."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])

@@ -43,7 +43,8 @@ def test_tests_install_once(clone):
     assert code == 0, output
     assert log[0] == f"{clone.parent}/bin/python3.12 -m venv --clear .venv"
     assert log[1].endswith("-r requirements-test.txt") and log[2].endswith("--no-deps -e .")
-    pytest_call = f"{clone}||-m|pytest|-m|not slow and not long and not oracle|-k|two words|"
+    marks = "-m|not slow and not long and not oracle"
+    pytest_call = f"{clone}||-m|pytest|-n|2|--dist|loadfile|{marks}|-k|two words|"
     assert log[3:] == [pytest_call]
 
     code, output, log = run(clone, "launch/test.sh", "-k", "two words")
@@ -59,7 +60,8 @@ def test_all_requires_the_oracles(clone):
     code, output, log = run(clone, "launch/test.sh", "--all", "tests/test_a.py")
     assert code == 0, output
     assert log[1].endswith("-r requirements-oracle.txt")
-    assert log[-1] == f"{clone}|1|-m|pytest|tests/test_a.py|"
+    assert log[2].endswith("--no-deps -r requirements-oracle-no-deps.txt")
+    assert log[-1] == f"{clone}|1|-m|pytest|-n|2|--dist|loadfile|tests/test_a.py|"
 
 
 def test_failed_tests_and_failed_install(clone):
@@ -124,6 +126,10 @@ def test_ci_checks_style_then_runs_all_tests_but_the_long_ones(clone):
     code, output, log = run(clone, ".ci/run")
     assert code == 0, output
     calls = [line.split("|", 2)[2] for line in log if "|" in line]
-    assert calls == ["-m|ruff|check|.|", "-m|ruff|format|--check|.|", "-m|pytest|-m|not long|"]
+    assert calls == [
+        "-m|ruff|check|.|",
+        "-m|ruff|format|--check|.|",
+        "-m|pytest|-n|2|--dist|loadfile|-m|not long|",
+    ]
     assert run(clone, ".ci/run", FAIL_MODULE="ruff")[0] == 1
     assert run(clone, ".ci/run", FAIL_MODULE="pytest")[0] == 1

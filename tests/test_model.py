@@ -383,7 +383,9 @@ def on_one_device():
     return on_mesh(sharding.make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4}, {"fsdp": 2, "tensor": 4}])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({}, marks=pytest.mark.long), {"fsdp": 4}, {"fsdp": 2, "tensor": 4}]
+)
 def test_eight_devices_as_one(sizes):
     result = on_mesh(sharding.make_mesh(**sizes))
     kernel = result[1]["params"]["blocks"]["mlp"]["fc1"]["kernel"]

@@ -35,6 +35,18 @@ def test_what_is_written_is_read(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_metadata_come_back(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"b": (2, 3)}, [("b", ARRAYS["b"])], {"source": "é"})
+    file = TensorFile(path)
+    assert file.metadata == {"source": "é"} and list(file) == ["b"]
+    np.testing.assert_array_equal(file["b"], ARRAYS["b"])
+    assert TensorFile(written(tmp_path / "y.safetensors")).metadata == {}
+    path.write_bytes(path.read_bytes().replace(rb'{"source": "\u00e9"}', rb'["source", "\u00e9"]'))
+    with pytest.raises(UserError, match="its metadata have no names"):
+        TensorFile(path)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [("BF16", jnp.bfloat16), ("F16", np.float16), ("I64", np.int64)]
 )

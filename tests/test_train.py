@@ -66,7 +66,7 @@ def test_an_unknown_metric_is_refused(tmp_path):
         train(tiny.config(train__keep_best_metric="los"), tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_splash_attention_elsewhere_than_on_tpus_is_named(tmp_path, caplog):
     config = tiny.config(model__attention="splash", model__depth=1, train__num_train_steps=1)
     with caplog.at_level("WARNING"):

@@ -60,7 +60,7 @@ def test_microbatches_change_rounding_alone(mesh_sizes):
         np.testing.assert_allclose(totals_of_parts[name][1], count, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_microbatches_hold_fewer_activations():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     temporary = {}

@@ -10,6 +10,7 @@ One side is "cfjax", the other one of
 | `diffusers` | `.safetensors` of `AutoencoderKL`, or its folder | an autoencoder's folder |
 | `diffusers_old` | the same with the names of before 0.18 | an autoencoder's folder |
 | `lpips` | a folder with VGG-16 of torchvision and the layers of LPIPS | a folder, no way back |
+| `inception` | `.pb` of the ADM suite, `.pth` of pytorch-fid or torch-fidelity | a file, no way back |
 
 With "cfjax" on both, a run's weights start another with images of another size, that of `--config`.
 
@@ -41,7 +42,7 @@ from cfjax.config_loading import (
     define_config_flag,
     load_config,
 )
-from cfjax.convert import autoencoder, lpips, new_run, published_file, transformer
+from cfjax.convert import autoencoder, inception, lpips, new_run, published_file, transformer
 from cfjax.convert.published_file import Published
 from cfjax.convert.report import REPORT_FILE, Report, checksum
 from cfjax.errors import UserError, check_choice
@@ -50,7 +51,8 @@ from cfjax.paths import is_cloud
 from cfjax.train_state import TrainState
 
 OURS, PUBLISHED = "cfjax", "published"
-FORMATS = (OURS, PUBLISHED, *autoencoder.FORMATS, lpips.FORMAT)
+_ONE_WAY = (lpips.FORMAT, inception.FORMAT)
+FORMATS = (OURS, PUBLISHED, *autoencoder.FORMATS, *_ONE_WAY)
 _DEFAULT_CONFIG = Path(cfjax.__file__).parent.parent / "configs" / "imagenet256.py"
 _GROUPS = re.compile(r"(model|data|optimizer|train)\.")
 
@@ -65,8 +67,8 @@ def main(_: Sequence[str]) -> None:
         raise UserError(
             f"--from={source_format} --to={target_format} must have {OURS} on one side."
         )
-    if target_format == lpips.FORMAT:
-        raise UserError(f"--to={lpips.FORMAT} is not possible; its published files are the same.")
+    if target_format in _ONE_WAY:
+        raise UserError(f"--to={target_format} is not possible; its published files are the same.")
     if source_format == target_format and flags.FLAGS["config"].value is None:
         raise UserError(
             f"--from={OURS} --to={OURS} needs --config, that of the new run; or name the other format"
@@ -82,7 +84,9 @@ def main(_: Sequence[str]) -> None:
         raise UserError(f"{out} is there already; pass a new --out or remove it.")
     if not source.exists():
         raise UserError(f"there is no {source}; pass another --source.")
-    is_folder = target_format == OURS or target_format.startswith("diffusers")
+    is_folder = target_format.startswith("diffusers") or (
+        target_format == OURS and source_format != inception.FORMAT
+    )
     report = Report()
     try:
         _convert(source_format, target_format, source, out, report)
@@ -113,6 +117,8 @@ def _convert(
         _ours_to_ours(source, train_step, config, out, report)
     elif source_format == lpips.FORMAT:
         lpips.to_ours(source, allow_pickle, out, report)
+    elif source_format == inception.FORMAT:
+        inception.to_ours(source, allow_pickle, out, report)
     elif target_format == OURS:
         arrays, published_config = autoencoder.open_published(source, allow_pickle)
         autoencoder.to_ours(arrays, source_format, published_config, values["scale"], out, report)

@@ -248,9 +248,9 @@ def image_paths(folder: Path) -> list[Path]:
 
 def _read_folder(folder: Path) -> np.ndarray:
     files = image_paths(folder)
-    first = _read_pixels(files[0])
+    first = read_pixels(files[0])
     images = np.empty((len(files), *first.shape), np.uint8)
-    pixels_of_all = map_with_progress(_read_pixels, files, f"reading {folder}")
+    pixels_of_all = map_with_progress(read_pixels, files, f"reading {folder}")
     for index, (file, pixels) in enumerate(zip(files, pixels_of_all, strict=True)):
         if pixels.shape != first.shape:
             raise UserError(
@@ -261,7 +261,7 @@ def _read_folder(folder: Path) -> np.ndarray:
     return images
 
 
-def _read_pixels(path: Path) -> np.ndarray:
-    """uint8 `[H, W, 1 or 3]`."""
+def read_pixels(path: str | PathLike) -> np.ndarray:
+    """An image, uint8 `[H, W, 1 or 3]`; see `read_image`."""
     pixels = np.asarray(read_image(path))
     return pixels.reshape(*pixels.shape[:2], -1)
