@@ -122,6 +122,18 @@ def run_edit(
     }
 
 
+def run_edits(
+    model: Sampler, num_samples: int, classifier: TrainedClassifier, path: Path
+) -> list[dict[str, Any]]:
+    """All edits, or what an earlier study left of them in `path`."""
+    done = json.loads(path.read_text()) if path.exists() else []
+    missing = [(*edit, scale) for edit in EDITS for scale in EDIT_GUIDANCE][len(done) :]
+    for keep, keep_ratio, scale in tqdm(missing, "edits", unit="mask"):
+        done.append(run_edit(model, keep, keep_ratio, scale, num_samples, classifier))
+        path.write_text(json.dumps(done))
+    return done
+
+
 def main(_: Sequence[str]) -> None:
     """Runs what is missing, and writes page and plot."""
     values = flags.FLAGS.flag_values_dict()
@@ -135,6 +147,7 @@ def main(_: Sequence[str]) -> None:
     path = results / f"cells-{num_samples}.jsonl"
     if values["fresh"]:
         path.unlink(missing_ok=True)
+        (results / f"edits-{num_samples}.json").unlink(missing_ok=True)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = [
         {name: cell[name] for name in ("num_ar_steps", "denoising_steps", "solver", "seed")}
@@ -147,11 +160,7 @@ def main(_: Sequence[str]) -> None:
         with path.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
     if values["write"]:
-        edits = [
-            run_edit(model, keep, keep_ratio, guidance_scale, num_samples, classifier)
-            for keep, keep_ratio in tqdm(EDITS, "edits", unit="mask")
-            for guidance_scale in EDIT_GUIDANCE
-        ]
+        edits = run_edits(model, num_samples, classifier, results / f"edits-{num_samples}.json")
         text = page(done, num_samples, floor_distance(real), classifier.held_out_accuracy)
         text += page_of_edits(edits, num_samples)
         before, rest = PAGE.read_text().split(BEGIN)
@@ -196,6 +205,17 @@ def page(done: list[dict[str, Any]], num_samples: int, floor: float, accuracy: f
             spread = f" ± {statistics.stdev(fids):.2f}" if len(fids) > 1 else ""
             row.append(f"{statistics.mean(fids):.2f}{spread} ({agreement:.1%}), n = {len(fids)}")
         lines.append(f"| {s} | " + " | ".join(row) + " |")
+    squares = [
+        statistics.variance(cell["fid"] for cell in _of(done, solver, s, n))
+        for s in AR_STEPS
+        for solver, n in REPEATED
+        if len(_of(done, solver, s, n)) > 1
+    ]
+    if squares:
+        lines += [
+            "",
+            f"Pooled over all of them, the deviation is {statistics.mean(squares) ** 0.5:.1f}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
