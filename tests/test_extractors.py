@@ -58,6 +58,28 @@ def test_the_batch_changes_no_bit(on_one, first):
     assert_same(rest, Features(**{n: it[first:] for n, it in whole.arrays().items()}))
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 5), (3, 5), (5, 1), (2, 6)])
+def test_an_image_has_its_place_among_those_of_a_device(weights, monkeypatch, first, count):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    extractor = InceptionExtractor(weights, mesh, images_per_device=4)
+    taken = []
+
+    def record(batch):
+        taken.append(batch[:, 0, 0, 0])
+        return (batch[:, 0, 0].astype(np.float32), *([batch[:, 0, 0]] * 2))
+
+    monkeypatch.setattr(extractor, "_apply", record)
+    images = np.zeros((count, 2, 2, 3), np.uint8)
+    images[..., 0] = first + np.arange(count)[:, None, None]
+    features = extractor(images, first)
+    np.testing.assert_array_equal(features.pool[:, 0], first + np.arange(count))
+    for batch in taken:
+        assert len(batch) == 4
+        own = {int(index): place for place, index in enumerate(batch)}
+        real = [index for index in own if list(batch).count(index) == 1]
+        assert all(own[index] == index % 4 for index in real)
+
+
 @pytest.mark.slow
 def test_eight_devices_change_no_bit(on_one, weights):
     extractor = InceptionExtractor(weights, sharding.make_mesh(), images_per_device=2)

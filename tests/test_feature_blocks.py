@@ -147,3 +147,31 @@ def test_rows_that_were_scored_are_not_made_again(tmp_path):
     other = Protocol(metrics=("fid",))
     evaluation_rows.score_rows(rows[:1], again, reference, other, tmp_path)
     assert again.calls  # scored otherwise, so that the kept score is of no use
+
+
+@pytest.mark.parametrize("other", ["images", "extractor"])
+def test_features_of_others_are_not_taken(tmp_path, other):
+    """A row of the same name and number whose images or extractor are others is made anew."""
+    reference = ReferenceBuilder("real", 40, (8, 8, 1))
+    reference.add(FEATURES)
+    reference = reference.finish()
+    asked = row("a", IMAGES, [])
+
+    class Killed(Exception):
+        pass
+
+    class Dying(tiny_features.TinyExtractor):
+        def __call__(self, images, first_index=0):
+            if first_index:
+                raise Killed
+            return super().__call__(images, first_index)
+
+    with pytest.raises(Killed):
+        evaluation_rows.score_rows([asked], Dying(), reference, Protocol(), tmp_path)
+    extractor = tiny_features.TinyExtractor()
+    if other == "images":
+        asked = asked._replace(recipe={"images": "b"})
+    else:
+        extractor.description = "another"
+    evaluation_rows.score_rows([asked], extractor, reference, Protocol(), tmp_path)
+    assert extractor.calls[0] == (0, 16)
