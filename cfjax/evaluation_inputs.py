@@ -106,7 +106,9 @@ def reference_of_images(
     is_first = jax.process_index() == 0
     builder = None
     if is_first:
-        builder = ReferenceBuilder(name, images.count, images.image_shape, state)
+        builder = ReferenceBuilder(
+            name, images.count, images.image_shape, state, extractor.description
+        )
     first = same_on_all(builder.num_done if builder is not None else 0)
     with progress("reference", images.count, first) as bar:
         for features in features_of(extractor, images.read(first, batch_size), first):
@@ -130,7 +132,7 @@ def reference_of_file(
         raise UserError(f"there is no reference at {path}; pass a .npz or a folder of images.")
     if Path(path).expanduser().is_dir():
         images = open_images(path)
-        name = f"{images.count} images in {path}"
+        name = f"{images.count} images in {path}, sha256 {checksum_of(path)}"
         return reference_of_images(images, name, extractor, batch_size, state)
     # Every process looks, so that all know whether images are to be read.
     found = references.load(path, extractor) if extractor is not None else None
@@ -151,11 +153,11 @@ def read_with_progress(images: ImageSet, first: int, batch_size: int) -> Iterato
 
 
 def checksum_of(path: str) -> str:
-    """Of a file its SHA-256; of a folder that of the names and sizes in it."""
+    """SHA-256 of a file, or of the names and contents of a folder's images."""
     if Path(path).is_file():
         return references.file_checksum(path)
     files = image_paths(Path(path).expanduser())
-    listed = "".join(f"{it.name} {it.stat().st_size} {it.stat().st_mtime_ns}\n" for it in files)
+    listed = "".join(f"{it.name} {references.file_checksum(it)}\n" for it in files)
     return hashlib.sha256(listed.encode()).hexdigest()[:12]
 
 

@@ -90,6 +90,8 @@ def test_the_state_of_other_images_is_not_used(tmp_path, monkeypatch):
     ReferenceBuilder("real", 40, (8, 8, 1), state).add(part(slice(0, 10)))
     assert ReferenceBuilder("others", 40, (8, 8, 1), state).num_done == 0
     assert ReferenceBuilder("real", 41, (8, 8, 1), state).num_done == 0
+    assert ReferenceBuilder("real", 40, (8, 8, 1), state, "another").num_done == 0
+    assert ReferenceBuilder("real", 40, (8, 8, 1), state).num_done == 10
     state.write_bytes(state.read_bytes()[:100])
     assert ReferenceBuilder("real", 40, (8, 8, 1), state).num_done == 0
 

@@ -247,6 +247,14 @@ def test_a_report_warns():
     assert "Beware." in unknown.table()
 
 
+def test_an_unknown_number_of_samples_is_said():
+    report = make_report(None)
+    assert "FID-unknown (mnist-classifier)" in report.table()
+    assert report.warnings() == [
+        "The number of samples is unknown: distances of other numbers differ."
+    ]
+
+
 def test_only_the_known_inception_makes_a_plain_fid():
     values = {"fid": 3.0, "sfid": 6.0, "inception_score": 200.0, "precision": 0.8, "kid": 0.00123}
     table = make_report(50_000, "inception", **values).table()

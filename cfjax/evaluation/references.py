@@ -51,7 +51,12 @@ class ReferenceBuilder:
     """
 
     def __init__(
-        self, name: str, count: int, image_shape: tuple[int, ...], state: Path | None = None
+        self,
+        name: str,
+        count: int,
+        image_shape: tuple[int, ...],
+        state: Path | None = None,
+        extractor: str = "",
     ):
         """Begins, or goes on from `state`.
 
@@ -60,10 +65,12 @@ class ReferenceBuilder:
           count: of the images, at least 2.
           image_shape: (H, W, C).
           state: a file that is kept while it is built; None to keep nothing.
+          extractor: describes that of the features; the state of another one is not gone on from.
         """
         if count < 2:
             raise UserError(f"{name} has {count} images; a covariance needs at least 2.")
         self._name, self._count, self._image_shape, self._path = name, count, image_shape, state
+        self._extractor = extractor
         self._rows = np.arange(count)
         if count > NUM_KEPT:
             chosen = np.random.default_rng(_SEED).choice(count, NUM_KEPT, replace=False)
@@ -94,7 +101,7 @@ class ReferenceBuilder:
         return Reference(self._name, self._pool, self._spatial, kept, self._image_shape)
 
     def _key(self) -> str:
-        return json.dumps([self._name, self._count, list(self._image_shape)])
+        return json.dumps([self._name, self._count, list(self._image_shape), self._extractor])
 
     def _save(self) -> None:
         arrays = {"key": self._key(), "kept": np.concatenate(self._kept)}

@@ -70,9 +70,9 @@ class Report:
     held_out_accuracy: float | None = None
     extractor_warning: str = ""
 
-    def label(self, value: str, num_samples: int) -> str:
+    def label(self, value: str, num_samples: int | None) -> str:
         """The name of a value of `Score.values`; a distance has its N, and is never FID alone."""
-        label = _LABELS[value].format(N=num_samples)
+        label = _LABELS[value].format(N="unknown" if num_samples is None else num_samples)
         is_named = value != "class_agreement" and self.extractor != "inception"
         return f"{label} ({self.extractor})" if is_named else label
 
@@ -82,14 +82,17 @@ class Report:
 
     def warnings(self) -> list[str]:
         """What a reader of the numbers must know: one sentence each."""
-        fewest = min(row.num_samples for row in self.scores)
         sentences = [self.extractor_warning] if self.extractor_warning else []
+        counts = [row.num_samples for row in self.scores if row.num_samples is not None]
+        if len(counts) < len(self.scores):
+            sentences.append("The number of samples is unknown: distances of other numbers differ.")
+        fewest = min(counts, default=FEW_SAMPLES)
         if fewest < FEW_SAMPLES:
             sentences.append(
                 f"Fewer than {FEW_SAMPLES:,} samples bias the distance upwards: compare it with the"
                 " same N alone."
             )
-        if fewest <= self.num_features:
+        if counts and fewest <= self.num_features:
             sentences.append(
                 f"{fewest} samples give {self.num_features} features a singular covariance: score"
                 f" more than {self.num_features}."

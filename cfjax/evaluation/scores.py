@@ -88,7 +88,7 @@ class Score:
 
     Attributes:
       name: what was scored, such as "S = 7".
-      num_samples: N.
+      num_samples: N; None of statistics that do not say.
       values: by name: "fid" (the Fréchet distance to the reference), "fid_low" and "fid_high" (95%
         of its bootstrap), "fid_infinity", "sfid", "inception_score" and its standard deviation
         "inception_score_std" over splits, "precision", "recall", "kid" and "kid_std" over subsets,
@@ -97,7 +97,7 @@ class Score:
     """
 
     name: str
-    num_samples: int
+    num_samples: int | None
     values: dict[str, float]
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
