@@ -1,13 +1,12 @@
 """`cfjax.evaluate` and `cfjax.reference_stats` with the ADM suite's kind of extractor, a small one."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
+import runs
 import tiny
 import tiny_features
-from absl import flags
 
 import cfjax
 from cfjax import evaluate, evaluation_inputs, reference_stats
@@ -30,15 +29,7 @@ def run(monkeypatch):
     def run(program, *arguments):
         extractor = tiny_features.TinyExtractor()
         monkeypatch.setattr(evaluation_inputs, "inception", lambda *_: extractor)
-        before = list(flags.FLAGS)
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-        try:
-            program.define_flags()
-            flags.FLAGS(sys.argv)
-            program.main([])
-        finally:
-            flags.FLAGS.unparse_flags()
-            flags.FLAGS.remove_flag_values([name for name in flags.FLAGS if name not in before])
+        runs.run_in_process(program, list(map(str, arguments)))
         return extractor
 
     return run

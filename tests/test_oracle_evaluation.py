@@ -1,12 +1,11 @@
 """From a checkpoint to scores, against torch-fidelity on the PNGs of the same samples."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
+import runs
 import torchvision_stub
-from absl import flags
 from converting import convert
 from test_oracle_inception import published, their_outputs  # noqa: F401
 
@@ -29,18 +28,6 @@ pytestmark = [
 NUM_SAMPLES, NUM_REAL = 16, 15
 # float32 features of two frameworks, 1e-5 apart, of which distances are sums.
 RTOL = 1e-3
-
-
-def run(program, monkeypatch, *arguments):
-    before = list(flags.FLAGS)
-    monkeypatch.setattr(sys, "argv", ["program", *arguments])
-    try:
-        program.define_flags()
-        flags.FLAGS(sys.argv)
-        program.main([])
-    finally:
-        flags.FLAGS.unparse_flags()
-        flags.FLAGS.remove_flag_values([name for name in flags.FLAGS if name not in before])
 
 
 def spread_classes(extractor):
@@ -69,7 +56,7 @@ def their_spatial_distance(extractor, *sets):
     return found[metric_fid.KEY_METRIC_FID]
 
 
-def test_a_checkpoint_scores_as_its_pngs_do(published, workdir, tmp_path, monkeypatch):  # noqa: F811
+def test_a_checkpoint_scores_as_its_pngs_do(published, workdir, tmp_path):  # noqa: F811
     spread_classes(published)
     torch.save(published.state_dict(), tmp_path / "pt_inception.pth")
     weights = convert(tmp_path / "pt_inception.pth", tmp_path / "i.safetensors", "--from=inception")
@@ -78,18 +65,19 @@ def test_a_checkpoint_scores_as_its_pngs_do(published, workdir, tmp_path, monkey
     for index, image in enumerate(real):
         write_png(tmp_path / "real" / f"{index:03}.png", image)
     asked = [f"--checkpoint={workdir}", f"--num_samples={NUM_SAMPLES}", "--seed=3"]
-    run(
+    runs.run_in_process(
         evaluate,
-        monkeypatch,
-        *asked,
-        f"--reference={tmp_path / 'real'}",
-        f"--inception_weights={weights}",
-        "--inception_images_per_device=2",
-        "--pr_arithmetic=float32",
-        f"--out={tmp_path / 'scores'}",
+        [
+            *asked,
+            f"--reference={tmp_path / 'real'}",
+            f"--inception_weights={weights}",
+            "--inception_images_per_device=2",
+            "--pr_arithmetic=float32",
+            f"--out={tmp_path / 'scores'}",
+        ],
     )
     (row,) = json.loads((tmp_path / "scores" / "scores.json").read_text())["scores"]
-    run(sample, monkeypatch, *asked, f"--out={tmp_path / 'pngs'}", "--num_ar_steps=1")
+    runs.run_in_process(sample, [*asked, f"--out={tmp_path / 'pngs'}", "--num_ar_steps=1"])
 
     theirs = torch_fidelity.calculate_metrics(
         input1=their_dataset(tmp_path / "pngs"),
