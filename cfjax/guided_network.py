@@ -78,7 +78,7 @@ def push_clean_tokens(
     """
 
     def push(network, kv_cache):
-        copies = kv_cache.keys.shape[1] // tokens.shape[0]
+        copies = kv_cache.num_rows // tokens.shape[0]
 
         def pushed(model, kv_cache, tokens, grid_indices):
             return model.extend(kv_cache, model.clean_image_tokens(tokens, grid_indices))

@@ -187,25 +187,43 @@ def loss(
     )
     squared_error = jnp.square(prediction - target)
 
+    weights = loss_weights(objective, plan.ar_step_ids, t)
+    return LossOutput(jnp.mean(weights * squared_error), prediction, squared_error)
+
+
+def loss_weights(objective: Objective, ar_step_ids: jax.Array, t: jax.Array) -> jax.Array:
+    """By what squared errors are multiplied: by AR step and by noise level.
+
+    Args:
+      objective: how (static).
+      ar_step_ids: `[..., L]`.
+      t: timesteps `[..., k, L]` or `[..., k, 1]`.
+
+    Returns:
+      float32 `[..., k, L, 1]`.
+    """
     by_ar_step = ar_loss_weights(
-        plan.ar_step_ids, objective.ar_loss_weight, schedule=objective.ar_loss_weight_schedule
+        ar_step_ids, objective.ar_loss_weight, schedule=objective.ar_loss_weight_schedule
     )
     by_noise_level = loss_weight_table(
-        schedule,
+        objective.schedule,
         objective.noise_level_weighting,
         objective.prediction_type,
         objective.noise_level_gamma,
     )
-    weights = by_ar_step[:, None, :, None] * at(by_noise_level, t, 4)
-    return LossOutput(jnp.mean(weights * squared_error), prediction, squared_error)
+    return by_ar_step[..., None, :, None] * at(by_noise_level, t, t.ndim + 1)
 
 
 def loss_breakdown(
-    objective: Objective, drawn: Corruption, squared_error: jax.Array
+    objective: Objective,
+    drawn: Corruption,
+    squared_error: jax.Array,
+    is_counted: jax.Array | None = None,
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Unweighted squared error by AR-step index and by quartile of the noise level (paper fig. 4).
 
-    AR-step indices from 2 on are grouped by powers of two; quartile 1 has the least noise.
+    AR-step indices from 2 on are grouped by powers of two; quartile 1 has the least noise. With
+    `is_counted`, bool `[batch]`, of those examples alone.
 
     Returns:
       `(sum, count)` by name, float32 scalars, to be added up over batches: a group may be empty in
@@ -222,6 +240,8 @@ def loss_breakdown(
         members[name] = (ar_step_ids >= first) & (ar_step_ids <= last)
     for i in range(4):
         members[f"loss/noise_quartile_{i + 1}"] = quartile == i
+    if is_counted is not None:
+        members = {name: it & is_counted[:, None, None] for name, it in members.items()}
     return {
         name: (jnp.sum(per_token * member), jnp.sum(member, dtype=jnp.float32))
         for name, member in members.items()

@@ -34,6 +34,7 @@ LOGICAL_AXIS_RULES = (
     ("classes", None),  # rows of the label table
     ("condition_width", BATCH_AXES),  # its columns: n condition tokens of width D
     ("condition", None),  # condition tokens
+    ("vocabulary", None),  # ids of text tokens
     ("position_width", None),  # D of a position table: whole, small and added in float32
     ("tokens", None),  # L, position of an image token
     ("token_width", None),  # values of one image token

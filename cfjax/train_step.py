@@ -1,7 +1,7 @@
 """The train step as a pure function, and as the programs that a run compiles."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from cfjax import objective, train_state
+from cfjax import document_objective, objective, train_state
+from cfjax.document_objective import DocumentObjective
 from cfjax.errors import UserError
 from cfjax.models.autoencoder_kl import Moments, split_moments
 from cfjax.models.causal_fusion import CausalFusion
@@ -39,7 +40,7 @@ class TrainStepSettings:
     """
 
     model: CausalFusion
-    objective: Objective
+    objective: Objective | DocumentObjective
     optimizer: optax.GradientTransformation
     patch_size: int
     ema_decay: float
@@ -59,7 +60,9 @@ def train_step(
     Args:
       state: before the train step.
       batch: "label" int32 `[batch]`, and "image" float32 `[batch, H, W, C]` in [-1, 1]; or for
-        latents "moments" `[batch, h, w, 2 c]`, as `AutoencoderKL.encode_parameters` gives them.
+        latents "moments" `[batch, h, w, 2 c]`, as `AutoencoderKL.encode_parameters` gives them. Of
+        documents, rows from `cfjax.documents.lay_out`, whose "image" or "moments" have an axis of
+        images after that of the batch.
       settings: static.
       num_clean: clean tokens of the sequence (static), at least those before the last AR step; by
         default what suffices for every split.
@@ -67,14 +70,35 @@ def train_step(
     Returns:
       The state after it and metrics as `(sum, count)` by name.
     """
-    if settings.latent_scale is None:
-        inputs = batch["image"]
+    if isinstance(settings.objective, DocumentObjective):
+        loss_fn, inputs = _of_documents(settings, batch, state.train_step)
     else:
-        key = stream_key(settings.seed, "latents", state.train_step)
-        inputs = settings.latent_scale * draw_latents(batch["moments"], key)
-    tokens = patchify(inputs, settings.patch_size)
+        loss_fn, inputs = _of_images(settings, batch, state.train_step, num_clean)
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if settings.num_microbatches == 1:
+        (loss, totals), grads = value_and_grad(state.params, *inputs)
+    else:
+        (loss, totals), grads = _accumulated(
+            value_and_grad, state.params, inputs, settings.num_microbatches
+        )
+    state = train_state.apply_gradients(state, grads, settings.optimizer, settings.ema_decay)
+    totals |= {"loss": (loss, 1.0), "gradient_norm": (optax.tree.norm(grads), 1.0)}
+    return state, totals
+
+
+# (parameters, *inputs) -> loss, and totals; and the inputs, arrays with an axis of the batch.
+_Task = tuple[Callable[..., tuple[jax.Array, Totals]], tuple[Any, ...]]
+
+
+def _of_images(
+    settings: TrainStepSettings,
+    batch: Mapping[str, jax.Array],
+    train_step: jax.Array,
+    num_clean: int | None,
+) -> _Task:
+    tokens = _tokens(settings, batch, train_step)
     drawn = objective.corrupt(
-        settings.objective, settings.model, batch["label"], settings.seed, state.train_step
+        settings.objective, settings.model, batch["label"], settings.seed, train_step
     )
 
     def loss_fn(params, tokens, drawn):
@@ -84,16 +108,38 @@ def train_step(
         breakdown = objective.loss_breakdown(settings.objective, drawn, output.squared_error)
         return output.loss, breakdown
 
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    if settings.num_microbatches == 1:
-        (loss, totals), grads = value_and_grad(state.params, tokens, drawn)
+    return loss_fn, (tokens, drawn)
+
+
+def _of_documents(
+    settings: TrainStepSettings, batch: Mapping[str, jax.Array], train_step: jax.Array
+) -> _Task:
+    num_rows, num_images = batch["image_places"].shape
+    name = "image" if settings.latent_scale is None else "moments"
+    images = batch[name].reshape(num_rows * num_images, *batch[name].shape[2:])
+    tokens = _tokens(settings, {name: images}, train_step)
+    tokens = tokens.reshape(num_rows, num_images, *tokens.shape[1:])
+    rows = {name: it for name, it in batch.items() if name not in ("image", "moments")}
+    drawn = document_objective.corrupt(
+        settings.objective, settings.model, rows, settings.seed, train_step
+    )
+
+    def loss_fn(params, *inputs):
+        return document_objective.loss(settings.objective, settings.model, params, *inputs)
+
+    return loss_fn, (tokens, rows, drawn, document_objective.weights(rows))
+
+
+def _tokens(
+    settings: TrainStepSettings, batch: Mapping[str, jax.Array], train_step: jax.Array
+) -> jax.Array:
+    """Images `[images, L, token_width]` in grid order."""
+    if settings.latent_scale is None:
+        inputs = batch["image"]
     else:
-        (loss, totals), grads = _accumulated(
-            value_and_grad, state.params, tokens, drawn, settings.num_microbatches
-        )
-    state = train_state.apply_gradients(state, grads, settings.optimizer, settings.ema_decay)
-    totals |= {"loss": (loss, 1.0), "gradient_norm": (optax.tree.norm(grads), 1.0)}
-    return state, totals
+        key = stream_key(settings.seed, "latents", train_step)
+        inputs = settings.latent_scale * draw_latents(batch["moments"], key)
+    return patchify(inputs, settings.patch_size)
 
 
 def draw_latents(moments: jax.Array, key: jax.Array) -> jax.Array:
@@ -108,7 +154,7 @@ def draw_latents(moments: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _accumulated(
-    value_and_grad: Any, params: Any, tokens: jax.Array, drawn: Any, num_microbatches: int
+    value_and_grad: Any, params: Any, inputs: tuple[Any, ...], num_microbatches: int
 ) -> Any:
     """What `value_and_grad` gives for the whole batch, with the activations of one part at a time.
 
@@ -120,7 +166,7 @@ def _accumulated(
         parts = x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:])
         return constrain(parts.swapaxes(0, 1), (None, "batch"))
 
-    parts = jax.tree.map(split, (tokens, drawn))
+    parts = jax.tree.map(split, inputs)
     share = 1 / num_microbatches
 
     def add(total, part):

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cfjax.models.layers import dense, layer_norm
 from cfjax.models.masks import PackedMask
+from cfjax.models.rotary import Rotation, rotate
 
 HEADS = ("batch", "sequence", "activation_heads", "activation_head_width")
 ATTENDED = "attended"  # what attention returns, for policies that keep it for the backward pass
@@ -58,7 +59,8 @@ class Attention(nn.Module):
     """Self-attention of `x [batch, T, D]`, with cached keys and values before its own.
 
     A pair of masks splits the queries: the first n see the first n keys under the first mask,
-    `[batch, n, n]`, the others all keys under the second. A packed mask takes splash attention.
+    `[batch, n, n]`, the others all keys under the second. A packed mask takes splash attention. With a
+    rotation, queries and keys are turned by their positions.
 
     Returns `(output [batch, T, D], keys, values)`; keys (after their norm) and values are those of
     `x` alone, `[batch, T, heads, E]`, ready to be cached.
@@ -74,6 +76,7 @@ class Attention(nn.Module):
         x: jax.Array,
         cached: tuple[jax.Array, jax.Array] | None,
         mask: jax.Array | tuple[jax.Array, jax.Array] | PackedMask | None,
+        rotation: Rotation | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         width = x.shape[-1]
         head_width = width // self.num_heads
@@ -89,6 +92,8 @@ class Attention(nn.Module):
         queries = layer_norm("head_width", dtype=self.dtype, name="q_norm")(queries)
         queries = queries * head_width**-0.5
         keys = layer_norm("head_width", dtype=self.dtype, name="k_norm")(keys)
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         queries, keys, values = (
             nn.with_logical_constraint(heads, HEADS) for heads in (queries, keys, values)
         )

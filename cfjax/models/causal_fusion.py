@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cfjax.document_masks import DocumentMaskTerms, document_mask
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import MaskTerms, generalized_causal_mask
 from cfjax.models.attention import ATTENDED, Attention
@@ -27,6 +28,7 @@ from cfjax.models.layers import (
     sincos_positions,
 )
 from cfjax.models.masks import MaskFunction, PackedMask, sequence_mask_terms
+from cfjax.models.rotary import Rotation
 from cfjax.sharding import constrain, with_logical_axes
 
 REMAT_POLICIES = {
@@ -67,7 +69,8 @@ class Block(nn.Module):
 
     `cached` are keys and values of the layer that tokens attend to besides each other. `terms` are
     those of the condition and clean tokens, then those of the noised tokens, and `attention` is
-    "fused" or "split"; splash attention takes a packed mask instead. Each is None where there is none.
+    "fused" or "split"; splash attention takes a packed mask instead. `rotation` is of documents' tokens.
+    Each is None where there is none.
     """
 
     num_heads: int
@@ -81,8 +84,9 @@ class Block(nn.Module):
         self,
         carry: jax.Array | Push,
         cached: tuple[jax.Array, jax.Array] | None,
-        terms: tuple[MaskTerms, MaskTerms] | None,
+        terms: tuple[Any, Any] | None,
         mask: jax.Array | PackedMask | None,
+        rotation: Rotation | None = None,
     ) -> tuple[jax.Array | Push, None]:
         x = carry
         if isinstance(carry, Push):
@@ -93,16 +97,16 @@ class Block(nn.Module):
         if terms is not None:
             context, noised = terms
             every = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), context, noised)
+            may_attend = generalized_causal_mask
+            if isinstance(context, DocumentMaskTerms):
+                may_attend = document_mask
             if self.attention == "split":
-                mask = (
-                    generalized_causal_mask(context, context),
-                    generalized_causal_mask(noised, every),
-                )
+                mask = may_attend(context, context), may_attend(noised, every)
             else:
-                mask = generalized_causal_mask(every, every)
+                mask = may_attend(every, every)
         normed = layer_norm("vector_width", dtype=self.dtype, name="norm1")(x)
         attention = Attention(self.num_heads, self.dtype, self.gradient_dtype, name="attn")
-        attended, keys, values = attention(normed, cached, mask)
+        attended, keys, values = attention(normed, cached, mask, rotation)
         if isinstance(carry, Push):
             # The cache is read before it is written, or it would be copied to do both.
             keys, values = after(attended, (keys, values))
@@ -217,7 +221,7 @@ class CausalFusion(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.depth,
             unroll=1 if self.scan_layers else self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -267,10 +271,10 @@ class CausalFusion(nn.Module):
         if self.attention == "splash" and not self.is_initializing():
             function = MaskFunction(self.condition_length, num_clean, num_tokens, copies)
             mask = PackedMask(function.pack(ar_step_ids), function)
-            x, _ = self.blocks(x, None, None, mask)
+            x, _ = self.blocks(x, None, None, mask, None)
         else:
             terms = sequence_mask_terms(ar_step_ids, self.condition_length, num_clean, copies)
-            x, _ = self.blocks(x, None, terms, None)
+            x, _ = self.blocks(x, None, terms, None, None)
         noised = x[:, -copies * num_tokens :]
         return self._predict(noised).reshape(batch, copies, num_tokens, token_width)
 
@@ -303,7 +307,7 @@ class CausalFusion(nn.Module):
         length may be traced, so that a push past its end is not refused but lands on earlier ones.
         """
         mask = self._decoding_mask(kv_cache, embedded)
-        push, _ = self.blocks(Push(embedded, kv_cache, jnp.int32(0)), None, None, mask)
+        push, _ = self.blocks(Push(embedded, kv_cache, jnp.int32(0)), None, None, mask, None)
         return push.kv_cache._replace(length=kv_cache.length + embedded.shape[1])
 
     def denoise(
@@ -323,9 +327,12 @@ class CausalFusion(nn.Module):
         """
         embedded = self.clean_image_tokens(x_t, grid_indices)
         embedded = embedded + self.timestep_embedding(t)[:, None]
+        return self._predict(self._over_cache(kv_cache, embedded))
+
+    def _over_cache(self, kv_cache: KVCache, embedded: jax.Array) -> jax.Array:
+        """Noised tokens `[batch, M, D]` after all layers."""
         mask = self._decoding_mask(kv_cache, embedded)
-        decoded, _ = self.blocks(embedded, kv_cache[:2], None, mask)
-        return self._predict(decoded)
+        return self.blocks(embedded, kv_cache[:2], None, mask, None)[0]
 
     def _decoding_mask(self, kv_cache: KVCache, x: jax.Array) -> jax.Array:
         """What is filled of the cache, and all of `x`: bool `[1, 1, capacity + M]`."""

@@ -25,6 +25,11 @@ class KVCache(NamedTuple):
         """How many tokens there is room for."""
         return self.keys.shape[-1]
 
+    @property
+    def num_rows(self) -> int:
+        """Examples, or with guidance two rows an example."""
+        return self.keys.shape[1]
+
     def of_layer(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of one layer, `[batch, heads, head_width, capacity]`."""
         return tuple(
