@@ -11,12 +11,16 @@ from ml_collections import ConfigDict
 
 from cfjax import clean_lengths, flops, plans, sharding, train_state
 from cfjax.build_data import DTYPES, latent_scale, sees_latents
+from cfjax.build_documents import has_text, slots, vocabulary
 from cfjax.diffusion.schedule import NoiseSchedule, make_noise_schedule, respace
 from cfjax.diffusion.solvers import Solver
+from cfjax.document_objective import DocumentObjective
+from cfjax.documents import lay_out
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import Factorization, max_clean_tokens
 from cfjax.guidance import Guidance
 from cfjax.models.causal_fusion import CausalFusion, in_compute_dtype
+from cfjax.models.multimodal import MultimodalCausalFusion
 from cfjax.objective import Objective
 from cfjax.optimizer import OptimizerSettings, make_optimizer
 from cfjax.rng import stream_key
@@ -35,7 +39,14 @@ def model(config: ConfigDict) -> CausalFusion:
             " divisor."
         )
     rows = data.size // model.patch_size
-    return CausalFusion(
+    module, of_text = CausalFusion, {}
+    if has_text(config):
+        module = MultimodalCausalFusion
+        of_text = {
+            "vocabulary_size": vocabulary(config).size,
+            "has_tied_head": config.text.tied_head,
+        }
+    return module(
         width=model.width,
         depth=model.depth,
         num_heads=model.num_heads,
@@ -51,6 +62,7 @@ def model(config: ConfigDict) -> CausalFusion:
         scan_layers=model.scan_layers,
         remat_policy=model.remat_policy,
         attention=model.attention,
+        **of_text,
     )
 
 
@@ -76,10 +88,10 @@ def noise_schedule(config: ConfigDict) -> NoiseSchedule:
     return make_noise_schedule(config.diffusion.noise_schedule, config.diffusion.num_timesteps)
 
 
-def objective(config: ConfigDict) -> Objective:
+def objective(config: ConfigDict) -> Objective | DocumentObjective:
     """The training objective."""
     diffusion, loss = config.diffusion, config.loss
-    return Objective(
+    of_images = Objective(
         factorization=factorization(config),
         schedule=noise_schedule(config),
         prediction_type=diffusion.prediction_type,
@@ -91,6 +103,9 @@ def objective(config: ConfigDict) -> Objective:
         noise_level_gamma=loss.noise_level_gamma,
         class_dropout=loss.class_dropout,
     )
+    if has_text(config):
+        return DocumentObjective(of_images, loss.text_loss_weight)
+    return of_images
 
 
 def optimizer_settings(config: ConfigDict) -> OptimizerSettings:
@@ -199,11 +214,20 @@ def train_program(config: ConfigDict, mesh: Mesh) -> TrainProgram:
     )
     batch_size, data = config.train.global_batch_size, config.data
     sharding.check_microbatches_divide(batch_size, settings.num_microbatches, mesh)
-    shape = (batch_size, data.size, data.size)
+    lead = (batch_size, config.text.images_per_row) if has_text(config) else (batch_size,)
+    shape = (*lead, data.size, data.size)
     if sees_latents(config):
-        examples = {"moments": (*shape, 2 * data.channels)}
+        batch = {"moments": (*shape, 2 * data.channels)}
     else:
-        examples = {"image": (*shape, data.channels)}
+        batch = {"image": (*shape, data.channels)}
+    batch = {name: (shape, jnp.float32) for name, shape in batch.items()}
+    if has_text(config):
+        row = lay_out([], slots(config), (1, 1, 1))
+        batch |= {
+            name: ((batch_size, *it.shape), it.dtype) for name, it in row.items() if name != "image"
+        }
+    else:
+        batch["label"] = ((batch_size,), jnp.int32)
     rows = sharding.batch_sharding(mesh)
     return TrainProgram(
         settings=settings,
@@ -215,11 +239,7 @@ def train_program(config: ConfigDict, mesh: Mesh) -> TrainProgram:
             min_size=config.mesh.min_split_size,
         ),
         abstract_batch={
-            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=rows),
-            **{
-                name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
-                for name, shape in examples.items()
-            },
+            name: jax.ShapeDtypeStruct(*it, sharding=rows) for name, it in batch.items()
         },
         clean_lengths=clean_length_buckets(config),
         compiler_options=compiler_options(config, mesh),
@@ -235,6 +255,13 @@ def clean_length_buckets(config: ConfigDict) -> tuple[int, ...]:
     factorization_, num_buckets = factorization(config), config.train.clean_length_buckets
     clean_lengths.check_num_buckets(factorization_, num_buckets)
     transformer = model(config)
+    if has_text(config):
+        if num_buckets > 1:
+            raise UserError(
+                f"train.clean_length_buckets is {num_buckets}, but what follows an image sees all of"
+                " its clean tokens; set it to 1."
+            )
+        return (transformer.num_tokens,)
     others = sequence_length(config, 0)
 
     def cost(num_clean):
@@ -322,6 +349,11 @@ def sampling_settings(
             num_timesteps=diffusion.num_timesteps,
         ),
     )
+    if settings.is_guided and has_text(config) and not config.loss.text_dropout:
+        raise UserError(
+            f"guidance_scale is {sampling.guidance_scale:g}, but the model is trained with"
+            " loss.text_dropout=0 and knows no images without a caption; set guidance_scale to 1."
+        )
     if settings.is_guided and not is_autoguided and not config.loss.class_dropout:
         raise UserError(
             f"guidance_scale is {sampling.guidance_scale:g}, but the model is trained with"
@@ -338,6 +370,9 @@ def sequence_length(config: ConfigDict, num_clean: int | None = None) -> int:
     if clean is None:
         clean = max_clean_tokens(factorization(config), transformer.num_tokens)
     noised = config.diffusion.timesteps_per_ar_step * transformer.num_tokens
+    if has_text(config):
+        clean = transformer.num_tokens
+        return config.text.tokens_per_row + config.text.images_per_row * (clean + noised)
     return transformer.condition_length + clean + noised
 
 

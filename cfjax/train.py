@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from cfjax import (
     build,
     build_data,
+    build_documents,
     clean_lengths,
     mesh_autoencoder,
     preemption,
@@ -65,7 +66,10 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     build.sampling_settings(config)  # refused now rather than after training
     train_evaluation.check(config)
     loaded = build_data.autoencoder(config)
-    source = build_data.source(config, "train", loaded)
+    if build_documents.has_text(config):
+        source = build_documents.documents(config, "train")
+    else:
+        source = build_data.source(config, "train", loaded)
     autoencoder = _on_mesh(loaded, config, mesh)
     if config.model.attention == "splash" and mesh.devices.flat[0].platform != "tpu":
         logging.warning(

@@ -13,15 +13,27 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initialization, data order, noise, splits and orders
 
     config.data = ConfigDict()
-    config.data.name = ""  # "mnist", "image_folder", "array_record", "tfds", "latents" (encoded)
-    config.data.path = ""  # the folder of all but "mnist"; of "tfds" its data_dir
-    config.data.tfds_name = ""  # of the set of "tfds": "imagenet2012"
+    config.data.name = ""  # "mnist", "image_folder", "array_record", "tfds", "latents" (encoded); with text "scenes", "progressions", "transforms" (embedded), "captioned_array_record", "captioned_tfds"
+    config.data.path = ""  # the folder of all but the embedded ones; of "tfds" its data_dir
+    config.data.tfds_name = ""  # of the set of "tfds": "imagenet2012", "coco_captions"
     config.data.size = 32  # height and width of what the model sees: pixels, or latents
     config.data.channels = 3  # of what the model sees
     config.data.num_classes = 1000  # label num_classes is the null class
     config.data.horizontal_flip = True  # mirror each example with probability 1/2
     config.data.on_corrupt = "refuse"  # what is damaged: "refuse", or "skip" and name it
     config.data.num_threads = 4  # that read and decode ahead of training
+    config.data.scene_grid = 2  # cells along each side of "scenes", 2 or 3
+    config.data.sequence_length = 10  # images of one of the "progressions"
+    config.data.num_examples = 2  # pairs before the query of "transforms"
+    config.data.image_to_text_share = 0.5  # of captioned images that come before their caption
+
+    config.text = ConfigDict()  # of models of documents
+    config.text.tokenizer = ""  # "bytes", or path of a tokenizers .json or a SentencePiece .model; empty for images alone
+    config.text.checksum = ""  # of that file; empty takes it as it is and saves what it was
+    config.text.max_length = 64  # of one text, in tokens
+    config.text.tokens_per_row = 256  # text tokens for which a row has room
+    config.text.images_per_row = 4  # images for which a row has room
+    config.text.tied_head = True  # the head multiplies by the text embedding
 
     config.autoencoder = ConfigDict()  # of models that see latents
     config.autoencoder.path = ""  # folder of one; images are encoded in training, but for "latents"
@@ -65,6 +77,8 @@ def get_config() -> ConfigDict:
     config.loss.noise_level_weighting = "none"  # or "min_snr", "p2", "truncated_snr"
     config.loss.noise_level_gamma = 5.0  # γ of "min_snr" and "p2"
     config.loss.class_dropout = 0.1  # share of examples trained without their class, for guidance
+    config.loss.text_loss_weight = 0.2  # of the cross-entropy of text against the diffusion loss
+    config.loss.text_dropout = 0.1  # share of captions before images left out, for guidance
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 8e-4  # after warm-up

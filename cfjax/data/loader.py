@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 import grain
 import numpy as np
 
+from cfjax.data.document_rows import PackedDocuments
 from cfjax.data.images import to_model_range
 from cfjax.data.sources import Source
 from cfjax.errors import UserError
@@ -26,12 +27,13 @@ class TrainLoader:
     """Iterator of batches; a context manager that ends its threads.
 
     Each batch is `{"image": float32 [rows, H, W, C] in [-1, 1], "label": int32 [rows]}`; of latents,
-    instead of images, `"moments": float32 [rows, H, W, 2 C]`.
+    instead of images, `"moments": float32 [rows, H, W, 2 C]`. Of documents, a batch is rows as
+    `cfjax.documents.lay_out` makes them, of which "image" is float32 too.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | PackedDocuments,
         *,
         seed: int,
         rows: np.ndarray,
@@ -63,6 +65,8 @@ class TrainLoader:
         def read(batch: int) -> dict[str, np.ndarray]:
             positions = examples_seen + batch * global_batch_size + rows
             indices = np.array([stream[position] for position in positions.tolist()])
+            if isinstance(source, PackedDocuments):
+                return _as_trained_on_documents(source.rows_at(indices, positions))
             flip = _is_flipped(seed, positions) if horizontal_flip else np.zeros(len(rows), bool)
             return _as_trained_on(source.examples_at(indices), flip)
 
@@ -114,6 +118,10 @@ def _as_trained_on(examples: dict[str, np.ndarray], flip: np.ndarray) -> dict[st
     images = examples["image"]
     images[flip] = images[flip, :, ::-1]
     return {"image": to_model_range(images), "label": examples["label"]}
+
+
+def _as_trained_on_documents(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return rows | {"image": to_model_range(rows["image"])}
 
 
 def _is_flipped(seed: int, positions: np.ndarray) -> np.ndarray:

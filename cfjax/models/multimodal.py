@@ -103,6 +103,11 @@ class MultimodalCausalFusion(CausalFusion):
           token after each, float32 `[batch, N, V]`.
         """
         batch, num_images, copies, num_tokens, token_width = noised_tokens.shape
+        if rows.text_ids.shape[1] == 0 and rows.label.shape[1] == num_images == 1:
+            # Nothing is turned at position 0: to the bit what the single-image model computes.
+            alone = (clean_tokens, noised_tokens, t, token_order, ar_step_ids)
+            prediction = super().__call__(rows.label[:, 0], *(it[:, 0] for it in alone))
+            return prediction[:, None], jnp.zeros((batch, 0, self.vocabulary_size))
         num_clean, num_text = clean_tokens.shape[2], rows.text_ids.shape[1]
         noised_length = num_images * copies * num_tokens
         image = jnp.concatenate(
@@ -166,7 +171,7 @@ class MultimodalCausalFusion(CausalFusion):
             repeated(rows.image_begins, copies * num_tokens),
             num_tokens,
             jnp.tile(ar_step_ids, (1, 1, copies)).reshape(batch, -1),
-            jnp.tile(copy, ar_step_ids.shape[1]),
+            jnp.tile(copy, ar_step_ids.shape[1])[None],
             copies,
         )
         parts = condition, text, clean

@@ -29,7 +29,7 @@ def rotation(positions: jax.Array, head_width: int) -> Rotation:
     """
     half = head_width // 2
     frequencies = (MAX_PERIOD ** (-np.arange(half) / half)).astype(np.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies[None, None, None]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 

@@ -1,0 +1,103 @@
+"""From a config to its tokenizer and its documents."""
+
+import functools
+
+from ml_collections import ConfigDict
+
+from cfjax.data.document_rows import PackedDocuments
+from cfjax.data.document_sources import CaptionedImages, ImageSequences
+from cfjax.data.progressions import ProgressionsSource
+from cfjax.data.scenes import ScenesSource
+from cfjax.data.tokenizers import Tokenizer, open_tokenizer
+from cfjax.data.transforms import TransformsSource
+from cfjax.documents import Slots, Vocabulary
+from cfjax.errors import UserError, check_choice
+
+DOCUMENT_SOURCES = ("scenes", "progressions", "transforms")
+
+
+def has_text(config: ConfigDict) -> bool:
+    """Whether the model is one of documents."""
+    return bool(config.text.tokenizer)
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(name: str) -> Tokenizer:
+    return open_tokenizer(name)
+
+
+def tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer of a model of documents.
+
+    Raises:
+      UserError: it can't be had, or is another one than the model was trained with.
+    """
+    opened = _tokenizer(config.text.tokenizer)
+    if config.text.checksum not in ("", opened.checksum):
+        raise UserError(
+            f"the tokenizer {opened.name} has the checksum {opened.checksum[:12]}, but the model was"
+            f" trained with {config.text.checksum[:12]}; pass that file as text.tokenizer."
+        )
+    return opened
+
+
+def vocabulary(config: ConfigDict) -> Vocabulary:
+    """The ids of the tokenizer and our own."""
+    return Vocabulary(tokenizer(config).vocabulary_size)
+
+
+def slots(config: ConfigDict) -> Slots:
+    """What a row has room for.
+
+    Raises:
+      UserError: not even for one token and one image.
+    """
+    text = config.text
+    for name in ("max_length", "tokens_per_row", "images_per_row"):
+        if text[name] < 1:
+            raise UserError(f"text.{name} is {text[name]}, but must be at least 1.")
+    return Slots(text.tokens_per_row, text.images_per_row)
+
+
+def source(config: ConfigDict, split: str) -> CaptionedImages | ImageSequences:
+    """The documents' images and captions: split "train" or "held_out".
+
+    Raises:
+      UserError: an unknown name, or data that don't fit the model.
+    """
+    data = config.data
+    check_choice("data.name of documents", data.name, DOCUMENT_SOURCES)
+    if data.name == "scenes":
+        opened = ScenesSource(split, data.size, data.scene_grid)
+    elif data.name == "progressions":
+        opened = ProgressionsSource(split, data.sequence_length)
+    else:
+        opened = TransformsSource(split, data.num_examples)
+    if opened.image_shape != (data.size, data.size, data.channels):
+        height, width, channels = opened.image_shape
+        raise UserError(
+            f"data.size {data.size} with data.channels {data.channels} does not fit {data.name} of"
+            f" {height}x{width} pixels and {channels} channels; set them to {height} and {channels}."
+        )
+    return opened
+
+
+def documents(config: ConfigDict, split: str) -> PackedDocuments:
+    """Rows of documents to train on.
+
+    Raises:
+      UserError: see `source`; a caption that is too long, or documents that no row has room for.
+    """
+    if config.data.horizontal_flip:
+        raise UserError(
+            "data.horizontal_flip would make captions with left and right untrue; set it to False."
+        )
+    return PackedDocuments(
+        source(config, split),
+        tokenizer(config),
+        slots(config),
+        max_text_length=config.text.max_length,
+        image_to_text_share=config.data.image_to_text_share,
+        text_dropout=config.loss.text_dropout,
+        seed=config.seed,
+    )
