@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from cfjax.data.embedded import MnistSource
 from cfjax.data.scene_captions import COLOURS, Scene, SceneDigit
@@ -14,35 +13,32 @@ from cfjax.data.scenes import ScenesSource, resize_digits
 from cfjax.errors import UserError
 from cfjax.evaluation.classifier import ClassifierTraining, TrainedClassifier, load_or_train
 
-# The classifier's pooling is made for images of this size; smaller cells are enlarged to it.
-_READING_SIZE = 28
+# A cell is small: its digit is moved by no more than a pixel, and seen more often than a whole image.
+JUDGE_TRAINING = ClassifierTraining(epochs=25, max_shift=1)
 _PALETTE = np.array(list(COLOURS.values()), np.float64)
 _DIRECTIONS = _PALETTE / np.linalg.norm(_PALETTE, axis=1, keepdims=True)
 
 
 class CellDigits:
-    """The embedded digits as the judge sees them: shrunk to a cell, and enlarged again.
-
-    See `cfjax.data.sources.Source`.
-    """
+    """The embedded digits, grey and of the size of a cell; see `cfjax.data.sources.Source`."""
 
     class_names = MnistSource.class_names
-    image_shape = (_READING_SIZE, _READING_SIZE, 1)
     left_out = ()
 
     def __init__(self, split: str, cell_size: int):
+        """Shrinks all digits of "train" or "held_out" to `cell_size` pixels, as scenes do."""
         digits = MnistSource(split)
         examples = digits.examples_at(np.arange(len(digits)))
+        self.image_shape = (cell_size, cell_size, 1)
         self.cells = resize_digits(examples["image"][..., 0], cell_size)
         self.labels = examples["label"]
-        self._images = _enlarged(self.cells)
-        self.fingerprint = hashlib.sha256(self._images.tobytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(self.cells.tobytes() + self.labels.tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def examples_at(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
-        return {"image": self._images[indices], "label": self.labels[indices]}
+        return {"image": self.cells[indices][..., None], "label": self.labels[indices]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +46,7 @@ class SceneJudge:
     """Reads which digit of which colour is in which cell.
 
     Attributes:
-      classifier: of digits, from cells as `CellDigits` gives them.
+      classifier: of digits, from grey cells as `CellDigits` gives them.
       size: height and width of the images, in pixels.
       grid_size: cells along each side.
       least_energy: a cell of less is empty. The energy is the mean of the squared brightness, in
@@ -84,7 +80,7 @@ class SceneJudge:
         cells = _cut(images, self.grid_size)
         brightness = cells.max(-1)
         filled = _energy(brightness) >= self.least_energy
-        _, digits = self.classifier.features(_enlarged(brightness[filled]))
+        _, digits = self.classifier.features(brightness[filled][..., None])
         colours = _nearest_colours(cells[filled])
         scenes = [[] for _ in images]
         places = np.argwhere(filled).tolist()
@@ -117,15 +113,14 @@ def load_scene_judge(
     folder: str | os.PathLike,
     size: int,
     grid_size: int = 2,
-    training: ClassifierTraining | None = None,
+    training: ClassifierTraining = JUDGE_TRAINING,
 ) -> SceneJudge:
     """The judge of scenes of a size, whose classifier is kept in a folder and trained if missing.
 
-    It knows the training digits alone. A cell counts as empty below half the energy of the
-    faintest of them, at the size of a cell.
+    It knows the training digits alone.
 
     Args:
-      folder: of the classifier.
+      folder: of the classifier; one a size of cells, or they are trained in turns.
       size: of the scenes, in pixels.
       grid_size: cells along each side.
       training: how to train.
@@ -140,7 +135,12 @@ def load_scene_judge(
         )
     train, held_out = (CellDigits(split, size // grid_size) for split in ("train", "held_out"))
     classifier = load_or_train(folder, train, held_out, training)
-    return SceneJudge(classifier, size, grid_size, float(_energy(train.cells).min() / 2))
+    return SceneJudge(classifier, size, grid_size, least_energy(train))
+
+
+def least_energy(train: CellDigits) -> float:
+    """Below it a cell is empty: half the energy of the faintest training digit of a cell's size."""
+    return float(_energy(train.cells).min() / 2)
 
 
 def judge_accuracy(judge: SceneJudge, source: ScenesSource) -> JudgeAccuracy:
@@ -179,15 +179,6 @@ def _cut(images: np.ndarray, grid_size: int) -> np.ndarray:
 def _energy(brightness: np.ndarray) -> np.ndarray:
     """Mean of the squares of uint8 `[..., H, W]`, of 1 for white; float64 `[...]`."""
     return np.square(brightness / 255).mean((-2, -1))
-
-
-def _enlarged(cells: np.ndarray) -> np.ndarray:
-    """Grey cells uint8 `[n, H, W]` to what the classifier reads, `[n, 28, 28, 1]`."""
-    size = (_READING_SIZE, _READING_SIZE)
-    images = np.empty((len(cells), *size, 1), np.uint8)
-    for image, cell in zip(images, cells, strict=True):
-        image[..., 0] = Image.fromarray(cell).resize(size, Image.Resampling.BICUBIC)
-    return images
 
 
 def _nearest_colours(cells: np.ndarray) -> list[str]:
