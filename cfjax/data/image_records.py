@@ -9,8 +9,9 @@ import dataclasses
 import io
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -84,6 +85,62 @@ def unpack(record: bytes) -> tuple[int, str, memoryview]:
     return label, os.fsdecode(record[_HEADER.size : end]), memoryview(record)[end:]
 
 
+@dataclasses.dataclass(frozen=True)
+class ImageDecoder:
+    """What a record holds of an image, to pixels uint8 `[size, size, channels]`.
+
+    Attributes:
+      stored_as: as of `Storing`.
+      stored_size: height and width of what is stored; 0 for "original".
+      size: height and width after the crop.
+      channels: 1 (grey) or 3 (RGB).
+    """
+
+    stored_as: str
+    stored_size: int
+    size: int
+    channels: int
+
+    @classmethod
+    def of(
+        cls, folder: PathLike, description: Mapping[str, Any], size: int, channels: int
+    ) -> "ImageDecoder":
+        """For a set with this description.
+
+        Raises:
+          UserError: its images are of other channels, or smaller.
+        """
+        if description["stored_as"] != "original" and channels != description["channels"]:
+            raise UserError(
+                f"data.channels is {channels}, but {folder} was prepared with"
+                f" {description['channels']}; set data.channels={description['channels']}."
+            )
+        if 0 < description["size"] < size:
+            raise UserError(
+                f"data.size is {size}, but the images in {folder} were prepared at"
+                f" {description['size']}; prepare larger ones or set"
+                f" data.size={description['size']}."
+            )
+        return cls(description["stored_as"], description["size"], size, channels)
+
+    def __call__(self, image: memoryview, name: str) -> np.ndarray:
+        """The pixels; `name` is for errors.
+
+        Raises:
+          UserError: it can't be decoded.
+        """
+        shape = (self.size, self.size, self.channels)
+        if self.stored_as != "raw":
+            decoded = decode_image(bytes(image), name, self.channels)
+            return center_crop(decoded, self.size).reshape(shape)
+        pixels = np.frombuffer(image, np.uint8)
+        pixels = pixels.reshape(self.stored_size, self.stored_size, self.channels)
+        if self.stored_size == self.size:
+            return pixels
+        larger = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
+        return center_crop(larger, self.size).reshape(shape)
+
+
 class ArrayRecordSource(RecordSource):
     """The images of a set that `cfjax.prepare_images` made, centre-cropped.
 
@@ -120,18 +177,7 @@ class ArrayRecordSource(RecordSource):
             )
         manifest = read_manifest(folder, KIND)
         description = manifest["description"]
-        self._stored_as, self._stored_size = description["stored_as"], description["size"]
-        if self._stored_as != "original" and channels != description["channels"]:
-            raise UserError(
-                f"data.channels is {channels}, but {folder} was prepared with"
-                f" {description['channels']}; set data.channels={description['channels']}."
-            )
-        if 0 < self._stored_size < size:
-            raise UserError(
-                f"data.size is {size}, but the images in {folder} were prepared at"
-                f" {self._stored_size}; prepare larger ones or set"
-                f" data.size={self._stored_size}."
-            )
+        self._decode_image = ImageDecoder.of(folder, description, size, channels)
         self.class_names = tuple(description["class_names"])
         self.image_shape = (size, size, channels)
         mend = "delete it and run cfjax.prepare_images again"
@@ -145,14 +191,5 @@ class ArrayRecordSource(RecordSource):
         return {"image": images, "label": np.array([label for _, label in decoded], np.int32)}
 
     def _decode(self, record: bytes) -> tuple[np.ndarray, int]:
-        label, name, content = unpack(record)
-        size, _, channels = self.image_shape
-        if self._stored_as == "raw":
-            pixels = np.frombuffer(content, np.uint8)
-            pixels = pixels.reshape(self._stored_size, self._stored_size, channels)
-            if self._stored_size == size:
-                return pixels, label
-            image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-        else:
-            image = decode_image(bytes(content), name, channels)
-        return center_crop(image, size).reshape(self.image_shape), label
+        label, name, image = unpack(record)
+        return self._decode_image(image, name), label

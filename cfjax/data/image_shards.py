@@ -1,20 +1,23 @@
 """From listed images to a set of array_record shards, in several processes."""
 
 import dataclasses
+import hashlib
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
+from cfjax.data.image_files import write_whole
 from cfjax.data.image_listing import ListedImage, fingerprint
 from cfjax.data.image_records import KIND, Storing, pack
-from cfjax.data.record_shards import ShardWriter
+from cfjax.data.record_shards import ShardWriter, sha256
 from cfjax.data.records import ON_CORRUPT
 from cfjax.errors import UserError, check_choice, listed
 
@@ -38,6 +41,9 @@ def write_image_set(
     examples_per_shard: int,
     on_corrupt: str,
     num_processes: int,
+    kind: str = KIND,
+    about: Mapping[str, Any] = MappingProxyType({}),
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Makes the shards of a set that are missing, then its manifest.
 
@@ -46,11 +52,15 @@ def write_image_set(
     Args:
       folder: of the set.
       images: in order.
-      class_names: in the order of their labels.
+      class_names: in the order of their labels; none for images without classes, labelled -1.
       storing: how they are stored.
       examples_per_shard: images in a shard, but for the last one and what is skipped.
       on_corrupt: "refuse" an image that can't be decoded, or "skip" it and say so in the manifest.
       num_processes: that decode and encode; with 1, this one.
+      kind: what the manifest calls its records.
+      about: further JSON values of its description.
+      files: contents of further files of the set, by name, which are written before the manifest;
+        their SHA-256 stand in the description under "files".
 
     Returns:
       The manifest, see `cfjax.data.records.read_manifest`.
@@ -60,21 +70,27 @@ def write_image_set(
         folder holds another set, or can't be written to.
     """
     check_choice("on_corrupt", on_corrupt, ON_CORRUPT)
+    checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     starts = range(0, len(images), examples_per_shard)
     writer = ShardWriter(
         folder,
-        KIND,
+        kind,
         {
             **dataclasses.asdict(storing),
             "class_names": list(class_names),
             "num_listed": len(images),
             "listing_sha256": fingerprint((it.name, it.class_name, it.num_bytes) for it in images),
             "examples_per_shard": examples_per_shard,
+            **about,
+            **({"files": checksums} if files else {}),
         },
         num_shards=len(starts),
         compress=storing.stored_as == "raw",
     )
     writer.begin()
+    for name, content in files.items():
+        if not (folder / name).exists() or sha256(folder / name) != checksums[name]:
+            write_whole(folder / name, lambda file, content=content: file.write(content))
     labels = {name: label for label, name in enumerate(class_names)}
     tasks = [
         _Task(
@@ -140,7 +156,8 @@ def _write_shard(task: _Task) -> tuple[list[str], int]:
             except UserError as error:
                 skipped.append({"name": image.name, "reason": str(error)})
             else:
-                yield pack(task.labels[image.class_name], image.name, content)
+                label = task.labels[image.class_name] if task.labels else -1
+                yield pack(label, image.name, content)
         if skipped and task.on_corrupt == "refuse":
             raise _RefusedError
 

@@ -88,8 +88,8 @@ class Scene:
 
     Attributes:
       grid_size: cells along each side, 2 or 3.
-      digits: one to three, in the order of the caption's chain: each shares a row or a column
-        with the next.
+      digits: of a set, one to three in the order of the caption's chain, where each shares a row or
+        a column with the next; of a judge's reading, any number, row by row.
     """
 
     grid_size: int

@@ -49,21 +49,15 @@ class TfdsSource(RecordSource):
         import tensorflow_datasets as tfds  # takes a while
 
         check_channels(channels)
-        if not name or not str(path):
-            raise UserError(
-                "data.name 'tfds' needs data.tfds_name, such as imagenet2012, and data.path, the"
-                " data_dir in which TFDS prepared it."
-            )
-        builder = _builder(tfds, name, path)
-        _require_array_record(tfds, builder, name, path)
+        builder = open_builder(name, path)
         self._features = builder.info.features
-        self._image_key = self._only_feature(tfds.features.Image, name)
-        self._label_key = self._only_feature(tfds.features.ClassLabel, name)
+        use = "a set for image classification"
+        self._image_key = only_feature(builder, tfds.features.Image, use)
+        self._label_key = only_feature(builder, tfds.features.ClassLabel, use)
         self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
         self.class_names = tuple(self._features[self._label_key].names)
         self.image_shape = (size, size, channels)
-        instructions = builder.info.splits[_tfds_split(builder, split)].file_instructions
-        shards = [Shard(it.filename, it.examples_in_shard, it.skip, it.take) for it in instructions]
+        shards = shards_of_split(builder, split)
         mend = "copy it anew or prepare the set again"
         self._reader = RecordReader(shards, on_corrupt, mend, replaces)
 
@@ -74,15 +68,6 @@ class TfdsSource(RecordSource):
             "label": np.array([label for _, label in decoded], np.int32),
         }
 
-    def _only_feature(self, kind: type, name: str) -> str:
-        keys = [key for key, feature in self._features.items() if type(feature) is kind]
-        if len(keys) != 1:
-            raise UserError(
-                f"the TFDS set {name!r} has {len(keys)} features of the kind {kind.__name__}, but"
-                " must have one; choose a set for image classification."
-            )
-        return keys[0]
-
     def _decode(self, record: bytes) -> tuple[np.ndarray, int]:
         example = self._features.deserialize_example_np(record, decoders=self._decoders)
         size, _, channels = self.image_shape
@@ -91,12 +76,72 @@ class TfdsSource(RecordSource):
         return center_crop(image, size).reshape(self.image_shape), example[self._label_key]
 
 
+def open_builder(name: str, path: str | PathLike) -> Any:
+    """TFDS's builder of a set that is prepared as array_record.
+
+    Args:
+      name: of the set, as TFDS calls it.
+      path: TFDS's data_dir, in which it lies.
+
+    Raises:
+      UserError: the set is unknown, not prepared, or prepared in a format without random access.
+    """
+    import tensorflow_datasets as tfds  # takes a while
+
+    if not name or not str(path):
+        raise UserError(
+            "data.name 'tfds' needs data.tfds_name, such as imagenet2012, and data.path, the"
+            " data_dir in which TFDS prepared it."
+        )
+    builder = _builder(tfds, name, path)
+    _require_array_record(tfds, builder, name, path)
+    return builder
+
+
+def only_feature(builder: Any, kind: type, use: str) -> str:
+    """The key of the one feature of a kind that a set has.
+
+    Raises:
+      UserError: it has none or several; choose `use`.
+    """
+    features = builder.info.features
+    keys = [key for key, feature in features.items() if type(feature) is kind]
+    if len(keys) != 1:
+        raise UserError(
+            f"the TFDS set {builder.info.name!r} has {len(keys)} features of the kind"
+            f" {kind.__name__}, but must have one; choose {use}."
+        )
+    return keys[0]
+
+
+def shards_of_split(
+    builder: Any, split: str, held_out_names: Sequence[str] = ("validation", "test")
+) -> list[Shard]:
+    """The shards of "train" or "held_out", and which of their records belong to it.
+
+    Args:
+      builder: of the set.
+      split: "train" or "held_out".
+      held_out_names: splits of the set of which the first that it has is held out; if it has none,
+        the last tenth of `train` is.
+
+    Raises:
+      UserError: the set has no split `train`.
+    """
+    instructions = builder.info.splits[
+        _tfds_split(builder, split, held_out_names)
+    ].file_instructions
+    return [Shard(it.filename, it.examples_in_shard, it.skip, it.take) for it in instructions]
+
+
 def _builder(tfds: Any, name: str, path: str | PathLike) -> Any:
     place = absolute(path)
     if not place.exists():
         raise UserError(f"there is no folder {place}; set data.path to the data_dir of TFDS.")
     try:
-        return tfds.builder(name, data_dir=place)
+        return _builder_of_files(tfds, name, place)
+    except ImportError:  # by the code of a set that is known, but has no files
+        raise _not_prepared(name, path) from None
     except (ValueError, TypeError, AssertionError, RuntimeError, OSError) as error:
         first_line = str(error).split("\n")[0]
         raise UserError(
@@ -105,14 +150,26 @@ def _builder(tfds: Any, name: str, path: str | PathLike) -> Any:
         ) from error
 
 
+def _builder_of_files(tfds: Any, name: str, place: PathLike) -> Any:
+    """From what was prepared, since the code of some sets, such as COCO's, needs TensorFlow."""
+    try:
+        return tfds.core.read_only_builder.builder_from_files(name, data_dir=place)
+    except tfds.core.DatasetNotFoundError:
+        return tfds.builder(name, data_dir=place)
+
+
+def _not_prepared(name: str, path: str | PathLike) -> UserError:
+    return UserError(
+        f"the TFDS set {name!r} is not prepared in {path}; run 'tfds build {name}"
+        f" --file_format=array_record --data_dir={path}'."
+    )
+
+
 def _require_array_record(tfds: Any, builder: Any, name: str, path: str | PathLike) -> None:
     """Refuses a set that is not prepared, or in a format without random access."""
     info = builder.info
     if not info.splits:
-        raise UserError(
-            f"the TFDS set {name!r} is not prepared in {path}; run 'tfds build {name}"
-            f" --file_format=array_record --data_dir={path}'."
-        )
+        raise _not_prepared(name, path)
     array_record = tfds.core.FileFormat.ARRAY_RECORD
     if array_record not in info.available_file_formats():
         raise UserError(
@@ -124,9 +181,9 @@ def _require_array_record(tfds: Any, builder: Any, name: str, path: str | PathLi
         info.set_file_format(array_record, override=True, override_if_initialized=True)
 
 
-def _tfds_split(builder: Any, split: str) -> str:
+def _tfds_split(builder: Any, split: str, held_out_names: Sequence[str]) -> str:
     splits = builder.info.splits
-    others = [name for name in ("validation", "test") if name in splits]
+    others = [name for name in held_out_names if name in splits]
     if "train" not in splits:
         raise UserError(
             f"the TFDS set {builder.info.name!r} has no split 'train'; choose another set."

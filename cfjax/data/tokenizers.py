@@ -4,11 +4,10 @@ cfjax appends its own special tokens after the ids of a tokenizer, which adds no
 """
 
 import hashlib
-import importlib
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Protocol
 
 from cfjax.errors import UserError
 from cfjax.paths import absolute
@@ -122,8 +121,12 @@ class HuggingFaceTokenizer(_FileTokenizer):
           UserError: the package is missing.
           Exception: of the package, for what it can't read.
         """
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise _not_installed("tokenizers") from error
         super().__init__(content, file_name)
-        self._tokenizer = _import("tokenizers").Tokenizer.from_str(content.decode("utf-8"))
+        self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # Ids may have gaps, so that their number would be too few.
@@ -149,9 +152,12 @@ class SentencePieceTokenizer(_FileTokenizer):
           UserError: the package is missing.
           Exception: of the package, for what it can't read.
         """
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise _not_installed("sentencepiece") from error
         super().__init__(content, file_name)
-        package = _import("sentencepiece")
-        self._processor = package.SentencePieceProcessor(model_proto=content)
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         self.vocabulary_size = self._processor.vocab_size()
         _require_tokens(self)
 
@@ -163,14 +169,11 @@ class SentencePieceTokenizer(_FileTokenizer):
         return self._processor.decode(_checked(ids, self))
 
 
-def _import(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"this tokenizer is read by the package {package}, which is not installed; run"
-            f" 'pip install {package}', or take the tokenizer 'bytes'."
-        ) from error
+def _not_installed(package: str) -> UserError:
+    return UserError(
+        f"this tokenizer is read by the package {package}, which is not installed; run"
+        f" 'pip install {package}', or take the tokenizer 'bytes'."
+    )
 
 
 def _require_tokens(tokenizer: Tokenizer) -> None:
