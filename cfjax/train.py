@@ -8,6 +8,7 @@ same one, and exits with code 75: "start me again". When the newest checkpoint i
 goes on from the one before it, says so, and keeps the damaged one as `<train step>.damaged`.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -139,6 +140,8 @@ def _train_steps(
             time.monotonic() - began,
         )
     settings = train_program.settings
+    if len(train_program.clean_lengths) == 1:
+        return itertools.repeat(_encoding(compiled[train_program.clean_lengths[0]], autoencoder))
     lengths = clean_lengths.clean_lengths(
         settings.objective.factorization,
         settings.model.num_tokens,
@@ -146,15 +149,19 @@ def _train_steps(
         settings.seed,
         first,
     )
-    return (_of_images(compiled[num_clean], autoencoder) for num_clean in lengths)
+    return (_encoding(compiled[num_clean], autoencoder) for num_clean in lengths)
 
 
-def _of_images(train_step: TrainStep, autoencoder: MeshAutoencoder | None) -> TrainStep:
+def _encoding(train_step: TrainStep, autoencoder: MeshAutoencoder | None) -> TrainStep:
     """A train step that encodes the images of its batch, where it has any, and takes moments."""
 
     def encode_and_train(state, batch):
         if autoencoder is not None and "image" in batch:
-            batch = {"moments": autoencoder.encode(batch["image"]), "label": batch["label"]}
+            images = batch["image"]
+            lead = images.shape[:-3]  # rows, and of documents images
+            moments = autoencoder.encode(images.reshape(-1, *images.shape[-3:]))
+            encoded = {"moments": moments.reshape(*lead, *moments.shape[1:])}
+            batch = encoded | {name: it for name, it in batch.items() if name != "image"}
         return train_step(state, batch)
 
     return encode_and_train
