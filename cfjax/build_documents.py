@@ -4,16 +4,20 @@ import functools
 
 from ml_collections import ConfigDict
 
+from cfjax.autoencoder_files import Autoencoder
+from cfjax.data.captioned_records import CaptionedRecordSource
 from cfjax.data.document_rows import PackedDocuments
 from cfjax.data.document_sources import CaptionedImages, ImageSequences
 from cfjax.data.progressions import ProgressionsSource
 from cfjax.data.scenes import ScenesSource
+from cfjax.data.tfds_captions import TfdsCaptionsSource
 from cfjax.data.tokenizers import Tokenizer, open_tokenizer
 from cfjax.data.transforms import TransformsSource
 from cfjax.documents import Slots, Vocabulary
 from cfjax.errors import UserError, check_choice
 
-DOCUMENT_SOURCES = ("scenes", "progressions", "transforms")
+EMBEDDED_SOURCES = ("scenes", "progressions", "transforms")
+DOCUMENT_SOURCES = (*EMBEDDED_SOURCES, "captioned_array_record", "captioned_tfds")
 
 
 def has_text(config: ConfigDict) -> bool:
@@ -59,31 +63,46 @@ def slots(config: ConfigDict) -> Slots:
     return Slots(text.tokens_per_row, text.images_per_row)
 
 
-def source(config: ConfigDict, split: str) -> CaptionedImages | ImageSequences:
-    """The documents' images and captions: split "train" or "held_out".
+def source(
+    config: ConfigDict, split: str, size: int = 0, channels: int = 0
+) -> CaptionedImages | ImageSequences:
+    """The documents' images and captions, by default at the size and channels of `config.data`.
+
+    Args:
+      config: read is `data`.
+      split: "train" or "held_out".
+      size, channels: of images that are encoded in training.
 
     Raises:
       UserError: an unknown name, or data that don't fit the model.
     """
     data = config.data
     check_choice("data.name of documents", data.name, DOCUMENT_SOURCES)
+    size, channels = size or data.size, channels or data.channels
+    if data.name == "captioned_array_record":
+        return CaptionedRecordSource(data.path, split, size, channels, data.on_corrupt)
+    if data.name == "captioned_tfds":
+        return TfdsCaptionsSource(
+            data.tfds_name, data.path, split, size, channels, data.on_corrupt
+        )
     if data.name == "scenes":
-        opened = ScenesSource(split, data.size, data.scene_grid)
+        opened = ScenesSource(split, size, data.scene_grid)
     elif data.name == "progressions":
         opened = ProgressionsSource(split, data.sequence_length)
     else:
         opened = TransformsSource(split, data.num_examples)
-    if opened.image_shape != (data.size, data.size, data.channels):
-        height, width, channels = opened.image_shape
+    if opened.image_shape != (size, size, channels):
+        height, width, its_channels = opened.image_shape
         raise UserError(
-            f"data.size {data.size} with data.channels {data.channels} does not fit {data.name} of"
-            f" {height}x{width} pixels and {channels} channels; set them to {height} and {channels}."
+            f"data.size {size} with data.channels {channels} does not fit {data.name} of"
+            f" {height}x{width} pixels and {its_channels} channels; set them to {height} and"
+            f" {its_channels}."
         )
     return opened
 
 
-def documents(config: ConfigDict, split: str) -> PackedDocuments:
-    """Rows of documents to train on.
+def documents(config: ConfigDict, split: str, loaded: Autoencoder | None = None) -> PackedDocuments:
+    """Rows of documents to train on; `loaded` is what `build_data.autoencoder` gives.
 
     Raises:
       UserError: see `source`; a caption that is too long, or documents that no row has room for.
@@ -92,8 +111,12 @@ def documents(config: ConfigDict, split: str) -> PackedDocuments:
         raise UserError(
             "data.horizontal_flip would make captions with left and right untrue; set it to False."
         )
+    size = channels = 0
+    if loaded is not None:
+        size = config.data.size * loaded.module.downsampling
+        channels = loaded.module.image_channels
     return PackedDocuments(
-        source(config, split),
+        source(config, split, size, channels),
         tokenizer(config),
         slots(config),
         max_text_length=config.text.max_length,

@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     train_evaluation.check(config)
     loaded = build_data.autoencoder(config)
     if build_documents.has_text(config):
-        source = build_documents.documents(config, "train")
+        source = build_documents.documents(config, "train", loaded)
     else:
         source = build_data.source(config, "train", loaded)
     autoencoder = _on_mesh(loaded, config, mesh)

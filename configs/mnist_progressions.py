@@ -1,0 +1,34 @@
+"""Progressions of MNIST digits, continued in context: 3, 4, 5 is followed by 6.
+
+    python -m cfjax.train --config configs/mnist_progressions.py --workdir runs/mnist_progressions
+
+Hardware: 2 CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mnist
+
+
+def get_config() -> ConfigDict:
+    """Documents of 10 images; their only text tokens are those that announce and end images."""
+    config = mnist.get_config()
+
+    config.data.name = "progressions"
+    config.data.num_classes = 0
+
+    config.text.tokenizer = "bytes"
+    config.text.tokens_per_row = 20
+    config.text.images_per_row = 10
+
+    config.model.width = 128
+    config.model.depth = 6
+    config.model.patch_size = 7
+
+    config.loss.text_loss_weight = 0.1
+    config.optimizer.ema_decay = 0.998
+
+    config.train.global_batch_size = 16
+    config.train.num_train_steps = 5_000
+
+    return config
