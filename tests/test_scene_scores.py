@@ -85,6 +85,16 @@ def test_a_place():
     assert of_image("a red three in the centre", RED_3).places == 0  # not of this grid
 
 
+def test_the_best_assignment_counts():
+    # Read first: a digit that would do for the three's colour alone. The right pair goes before it.
+    asked = "a red three left of a blue three"
+    found = of_image(asked, SceneDigit(5, "red", 0, 0), SceneDigit(3, "red", 0, 1))
+    assert shares(found, *NAMES) == (0.5, 0.5, 0.5, 0, 1, 0)
+    # No pair is right; the digits are, though not in this order.
+    found = of_image(TWO, SceneDigit(7, "white", 0, 0), SceneDigit(3, "white", 0, 1))
+    assert shares(found, *NAMES) == (1, 0, 0, 0, 1, 0)
+
+
 def test_shares_are_over_all_scenes_together():
     captions = [ONE, THREE, TWO]
     readings = [scene(RED_3), scene(), scene(RED_3, BLUE_7)]

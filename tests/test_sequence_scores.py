@@ -147,6 +147,15 @@ def test_transforms_that_give_one_image_are_both_right():
     assert not right.any()
 
 
+def test_a_query_is_no_answer_though_it_is_nearly_its_own_mirror_image():
+    query = np.zeros((1, 28, 28, 3), np.uint8)
+    query[:, 4:20, 12:16] = 255
+    query[:, 4, 16] = 255
+    flipped = np.array([TRANSFORM_NAMES.index("flipped left-right")])
+    assert not right_answers(query, query, flipped)[1].any()
+    assert right_answers(query, query[:, :, ::-1], flipped)[0].all()
+
+
 def test_refused_transforms(held_out):
     queries, answers, transforms = held_out
     with pytest.raises(UserError, match="pass as many of each, of one shape"):
