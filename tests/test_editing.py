@@ -143,9 +143,7 @@ def test_noised_tokens_are_seen_as_those_of_a_whole_image(network, scale):
 
     Both AR steps differ in denoising steps. Tolerance: rounding in sums of another order.
     """
-    model, params = network
-    mask = tokens_of(["####", "##..", "....", "...."])
-    known, labels = known_of(mask), jnp.array([3, 5])
+    known, labels = known_of(tokens_of(["####", "##..", "....", "...."])), jnp.array([3, 5])
     config = tiny.config(
         sampling__denoising_steps="3/4",
         sampling__guidance_scale=scale,
