@@ -49,8 +49,90 @@ EDIT_GUIDANCE, EDIT_AR_STEPS = 6.0, 1
 
 def cells(num_seeds: int) -> list[dict[str, Any]]:
     """The cells of the study, those that are compared first."""
-    every = [(*edit, kept_as) for edit in EDITS for kept_as in KEPT_AS]
-    for edit in tqdm(every[len(done) :], "edits", unit="mask"):
+    every = [
+        {"num_ar_steps": s, "denoising_steps": n, "solver": solver, "seed": 0}
+        for s in AR_STEPS
+        for n in DENOISING_STEPS
+        for solver in SOLVERS
+    ]
+    repeated = [
+        {"num_ar_steps": s, "denoising_steps": n, "solver": solver, "seed": seed}
+        for seed in range(num_seeds)
+        for s in AR_STEPS
+        for solver, n in REPEATED
+    ]
+    return every + [cell for cell in repeated if cell not in every]
+
+
+def run_cell(
+    model: Sampler,
+    cell: dict[str, Any],
+    num_samples: int,
+    classifier: TrainedClassifier,
+    reference: FeatureStatistics,
+) -> dict[str, Any]:
+    """A cell with its scores and seconds an image."""
+    options = {name: value for name, value in cell.items() if name != "seed"}
+    settings = model.settings(options)
+    labels = model.check_labels(labels_of((), num_samples, model.model.num_classes))
+    group = model.config.sampling.images_per_device
+    list(model.stream(labels[:group], settings))  # compiles
+    batches, seconds = [], []
+    began = time.perf_counter()
+    for batch in model.stream(labels, settings, cell["seed"], batch_size=group):
+        batches.append(batch)
+        seconds.append((time.perf_counter() - began) / len(batch))
+        began = time.perf_counter()
+    images = np.concatenate(batches)
+    features, classes = classifier.features(images)
+    return cell | {
+        "fid": frechet_distance(FeatureStatistics.of(features), reference),
+        "class_agreement": float(np.mean(classes == labels)),
+        # The first is queued with the second; the last may be smaller.
+        "seconds_per_image": min(seconds[1:-1] or seconds),
+    }
+
+
+def run_edit(
+    model: Sampler,
+    keep: str,
+    keep_ratio: float,
+    kept_as: str,
+    num_samples: int,
+    classifier: TrainedClassifier,
+) -> dict[str, Any]:
+    """How often real digits are the new class after an edit, and the share that is generated."""
+    images, labels = all_images(build_data.images(model.config, "held_out"))
+    spread = np.linspace(0, len(labels) - 1, num_samples).round().astype(int)  # sorted by class
+    images, labels = images[spread], labels[spread]
+    wanted = (labels + 1 + np.arange(len(labels)) % 9) % 10  # all other classes
+    known = model.known_tokens(images, keep, keep_ratio=keep_ratio)
+    edited = model.edit(
+        images,
+        wanted,
+        keep,
+        keep_ratio=keep_ratio,
+        kept_as=kept_as,
+        num_ar_steps=EDIT_AR_STEPS,
+        guidance_scale=EDIT_GUIDANCE,
+    )
+    classes = classifier.features(edited)[1]
+    return {
+        "keep": f"{keep} {keep_ratio:.0%}" if keep_ratio else keep,
+        "kept_as": kept_as,
+        "share_generated": float(1 - known.is_known.mean()),
+        "agreement": float((classes == wanted).mean()),
+        "old_class": float((classes == labels).mean()),
+    }
+
+
+def run_edits(
+    model: Sampler, num_samples: int, classifier: TrainedClassifier, path: Path
+) -> list[dict[str, Any]]:
+    """All edits, or what an earlier study left of them in `path`."""
+    done = json.loads(path.read_text()) if path.exists() else []
+    missing = [(*edit, kept_as) for edit in EDITS for kept_as in KEPT_AS][len(done) :]
+    for edit in tqdm(missing, "edits", unit="mask"):
         done.append(run_edit(model, *edit, num_samples, classifier))
         path.write_text(json.dumps(done))
     return done
