@@ -135,6 +135,34 @@ def generate(
     Raises:
       UserError: the split sizes don't sum to L and no tokens are known.
     """
+    order, start_noise, noise_at = draw_noise(model, settings, keys)
+    tokens, trajectory = generate_from_noise(
+        Network(model, params),
+        settings,
+        labels,
+        order,
+        start_noise,
+        noise_at,
+        known=known,
+        guide=None if guide_model is None else Network(guide_model, guide_params),
+        record=return_trajectory,
+    )
+    return (tokens, trajectory) if return_trajectory else tokens
+
+
+def draw_noise(
+    model: CausalFusion, settings: SamplingSettings, keys: jax.Array
+) -> tuple[jax.Array, jax.Array, Callable[[int], NoiseAt]]:
+    """All that is drawn for one image a key.
+
+    Args:
+      model: gives the grid and the width of a token (static).
+      settings: gives the token order (static).
+      keys: typed keys `[batch]`.
+
+    Returns:
+      `order`, `start_noise` and `noise_at` of `generate_from_noise`.
+    """
     order_keys, start_keys, noise_keys = jnp.moveaxis(
         jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0
     )
@@ -159,18 +187,7 @@ def generate(
 
         return draw
 
-    tokens, trajectory = generate_from_noise(
-        Network(model, params),
-        settings,
-        labels,
-        order,
-        start_noise,
-        noise_at,
-        known=known,
-        guide=None if guide_model is None else Network(guide_model, guide_params),
-        record=return_trajectory,
-    )
-    return (tokens, trajectory) if return_trajectory else tokens
+    return order, start_noise, noise_at
 
 
 @jax.tree_util.register_dataclass
@@ -226,6 +243,44 @@ def generate_from_noise(
         )
     if known is not None and settings.num_generated == 0:
         return known.tokens, Trajectory(order, [], []) if record else None
+    room = num_pushed_tokens(model, settings)
+    num_cached = room - num_known if settings.kept_as == "noised" else room
+    caches = prefill(network, guide, labels, num_cached, settings.is_guided)
+    tokens, trajectory, _ = generate_over_caches(
+        *(network, settings, caches, room, order, start_noise, noise_at),
+        known=known,
+        guide=guide,
+        record=record,
+    )
+    return tokens, trajectory
+
+
+def generate_over_caches(
+    network: Network,
+    settings: SamplingSettings,
+    caches: Caches,
+    room: int,
+    order: jax.Array,
+    start_noise: jax.Array,
+    noise_at: Callable[[int], NoiseAt],
+    *,
+    known: Known | None = None,
+    guide: Network | None = None,
+    record: bool = False,
+) -> tuple[jax.Array, Trajectory | None, Caches]:
+    """`generate_from_noise` after what the caches hold: condition tokens, or a document so far.
+
+    Args:
+      caches: with room for `room` image tokens, at least those before the last AR step.
+      room: with L, all tokens are pushed, so that something may follow the image.
+      network, settings, order, start_noise, noise_at, known, guide, record: see there; at least one
+        token is generated.
+
+    Returns:
+      Tokens, the trajectory or None, and the caches with what was pushed.
+    """
+    model = network.model
+    num_known = model.num_tokens - settings.num_generated
     if num_known:
         order = known_first(order, known.is_known)
     start_noise = jnp.take_along_axis(start_noise, order[..., None], axis=1)
@@ -260,15 +315,11 @@ def generate_from_noise(
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, x, begin, axis=1)
         return _State(caches, tokens), trajectory
 
-    room = num_pushed_tokens(model, settings)
-    is_noised = settings.kept_as == "noised"
-    num_cached = room - num_known if is_noised else room
-    caches = prefill(network, guide, labels, num_cached, settings.is_guided)
     tokens = jnp.zeros_like(start_noise)
     if num_known:
         tokens = jnp.take_along_axis(known.tokens, order[..., None], axis=1)
         clean, indices = tokens[:, :num_known], order[:, :num_known]
-        if is_noised:
+        if settings.kept_as == "noised":
             rates = jnp.asarray(_rates(settings.schedules), jnp.float32)
             noised = NoisedContext(clean, start_noise[:, :num_known], indices, rates)
             caches = caches._replace(noised=noised)
@@ -283,10 +334,11 @@ def generate_from_noise(
             _runs(settings, record), tables.row_of_ar_step, num_known, room, take_ar_step, state
         )
     tokens = jnp.take_along_axis(state.tokens, jnp.argsort(order, axis=1)[..., None], axis=1)
-    if not record:
-        return tokens, None
-    x_t, x_start = ([parts[i] for parts in trajectories] for i in (0, 1))
-    return tokens, Trajectory(order, x_t, x_start)
+    trajectory = None
+    if record:
+        x_t, x_start = ([parts[i] for parts in trajectories] for i in (0, 1))
+        trajectory = Trajectory(order, x_t, x_start)
+    return tokens, trajectory, state.caches
 
 
 class _State(NamedTuple):
