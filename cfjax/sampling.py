@@ -8,7 +8,7 @@ are known from the start (editing) are pushed before the first AR step.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +22,10 @@ from cfjax.diffusion.solvers import Solver
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import TOKEN_ORDERS, token_order
 from cfjax.guidance import Guidance
-from cfjax.guided_network import Caches, Network, prefill, push_clean_tokens
+from cfjax.guided_network import Caches, Network, NoisedContext, prefill, push_clean_tokens
 from cfjax.models.causal_fusion import CausalFusion
+
+KEPT_AS = ("clean", "noised")
 
 # (AR step, index of the denoising step) -> noise [batch, tokens of the AR step, token_width]
 NoiseAt = Callable[[int | jax.Array, jax.Array], jax.Array]
@@ -40,6 +42,8 @@ class SamplingSettings:
       block_size, dilation_stride: of the orders of these names, in tokens.
       solver: the denoising rule.
       guidance: how strongly to guide, and where.
+      kept_as: how known tokens are seen: "clean", as those of earlier AR steps, or "noised" to the
+        timestep of the tokens that are denoised beside them.
     """
 
     split_sizes: tuple[int, ...]
@@ -49,9 +53,11 @@ class SamplingSettings:
     dilation_stride: int = 2
     solver: Solver = dataclasses.field(default_factory=Solver)
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    kept_as: str = "clean"
 
     def __post_init__(self):
         check_choice("token order", self.token_order, TOKEN_ORDERS)
+        check_choice("kept_as", self.kept_as, KEPT_AS)
         if len(self.schedules) != len(self.split_sizes):
             raise UserError(
                 f"there are {len(self.split_sizes)} AR steps, but {len(self.schedules)} numbers of"
@@ -255,12 +261,19 @@ def generate_from_noise(
         return _State(caches, tokens), trajectory
 
     room = num_pushed_tokens(model, settings)
-    caches = prefill(network, guide, labels, room, settings.is_guided)
+    is_noised = settings.kept_as == "noised"
+    num_cached = room - num_known if is_noised else room
+    caches = prefill(network, guide, labels, num_cached, settings.is_guided)
     tokens = jnp.zeros_like(start_noise)
     if num_known:
         tokens = jnp.take_along_axis(known.tokens, order[..., None], axis=1)
-        clean = tokens[:, :num_known]
-        caches = push_clean_tokens(network, guide, caches, clean, order[:, :num_known])
+        clean, indices = tokens[:, :num_known], order[:, :num_known]
+        if is_noised:
+            rates = jnp.asarray(_rates(settings.schedules), jnp.float32)
+            noised = NoisedContext(clean, start_noise[:, :num_known], indices, rates)
+            caches = caches._replace(noised=noised)
+        else:
+            caches = push_clean_tokens(network, guide, caches, clean, indices)
     state = _State(caches, tokens)
     trajectories = []
     if _sizes_come_again(settings) and not record:
@@ -327,6 +340,15 @@ def _take_any_ar_steps(settings, row_of_ar_step, num_known, take_ar_step, state)
 
     ar_steps = (np.arange(len(sizes)), begins, np.searchsorted(distinct, sizes), row_of_ar_step)
     return jax.lax.scan(scanned, state, jax.tree.map(jnp.asarray, ar_steps))[0]
+
+
+def _rates(schedules: Sequence[NoiseSchedule]) -> np.ndarray:
+    """Those of clean tokens and of noise at the timesteps of training that occur, `[T, 2]`."""
+    rates = np.zeros((max(it.timestep_map.max() for it in schedules) + 1, 2))
+    for schedule in schedules:
+        alphas_cumprod = schedule.alphas_cumprod
+        rates[schedule.timestep_map] = np.sqrt([alphas_cumprod, 1.0 - alphas_cumprod]).T
+    return rates
 
 
 def known_first(order: jax.Array, is_known: jax.Array) -> jax.Array:
