@@ -4,7 +4,7 @@
 A part of each image is kept, and the rest is generated anew around it, with another class if asked,
 without fine-tuning (paper section 4.4). The images are one's own (`--images`: a `.npz`, a folder, or
 one picture) or generated first (`--source_classes`). `--keep_ratio=0.8,0.5,0.2` with `--keep=random`
-regenerates a growing share: a class that morphs.
+regenerates a growing share: a class that morphs. `--kept_as=noised` heeds the new class more.
 
 `--out` is as in cfjax.sample; a picture of the images before, the masks and the images after is in
 `<out>_strip.png`.
