@@ -29,6 +29,7 @@ from cfjax.evaluation.report import floor_distance
 from cfjax.evaluation.statistics import FeatureStatistics
 from cfjax.generation_request import labels_of
 from cfjax.sampler import Sampler
+from cfjax.sampling import KEPT_AS
 from cfjax.visualization import save_curves
 
 PAGE = Path(__file__).parent.parent / "docs/plane.md"
@@ -43,7 +44,7 @@ EDITS = (
     *(("top", 0.0), ("bottom", 0.0), ("left", 0.0), ("right", 0.0), ("center", 0.0)),
     *(("outside", 0.0), ("random", 0.1), ("random", 0.2), ("random", 0.3)),
 )
-EDIT_GUIDANCE, EDIT_AR_STEPS = (2.0, 6.0), 7
+EDIT_GUIDANCE, EDIT_AR_STEPS = 6.0, 1
 
 
 def cells(num_seeds: int) -> list[dict[str, Any]]:
@@ -96,13 +97,14 @@ def run_edit(
     model: Sampler,
     keep: str,
     keep_ratio: float,
-    guidance_scale: float,
+    kept_as: str,
     num_samples: int,
     classifier: TrainedClassifier,
 ) -> dict[str, Any]:
     """How often real digits are the new class after an edit, and the share that is generated."""
     images, labels = all_images(build_data.images(model.config, "held_out"))
-    images, labels = images[:num_samples], labels[:num_samples]
+    spread = np.linspace(0, len(labels) - 1, num_samples).round().astype(int)  # sorted by class
+    images, labels = images[spread], labels[spread]
     wanted = (labels + 1 + np.arange(len(labels)) % 9) % 10  # all other classes
     known = model.known_tokens(images, keep, keep_ratio=keep_ratio)
     edited = model.edit(
@@ -110,15 +112,17 @@ def run_edit(
         wanted,
         keep,
         keep_ratio=keep_ratio,
+        kept_as=kept_as,
         num_ar_steps=EDIT_AR_STEPS,
-        guidance_scale=guidance_scale,
+        guidance_scale=EDIT_GUIDANCE,
     )
+    classes = classifier.features(edited)[1]
     return {
         "keep": f"{keep} {keep_ratio:.0%}" if keep_ratio else keep,
-        "guidance_scale": guidance_scale,
+        "kept_as": kept_as,
         "share_generated": float(1 - known.is_known.mean()),
-        "agreement": float((classifier.features(edited)[1] == wanted).mean()),
-        "old_class": float((classifier.features(edited)[1] == labels).mean()),
+        "agreement": float((classes == wanted).mean()),
+        "old_class": float((classes == labels).mean()),
     }
 
 
@@ -127,9 +131,9 @@ def run_edits(
 ) -> list[dict[str, Any]]:
     """All edits, or what an earlier study left of them in `path`."""
     done = json.loads(path.read_text()) if path.exists() else []
-    missing = [(*edit, scale) for edit in EDITS for scale in EDIT_GUIDANCE][len(done) :]
-    for keep, keep_ratio, scale in tqdm(missing, "edits", unit="mask"):
-        done.append(run_edit(model, keep, keep_ratio, scale, num_samples, classifier))
+    missing = [(*edit, kept_as) for edit in EDITS for kept_as in KEPT_AS][len(done) :]
+    for edit in tqdm(missing, "edits", unit="mask"):
+        done.append(run_edit(model, *edit, num_samples, classifier))
         path.write_text(json.dumps(done))
     return done
 
@@ -221,21 +225,23 @@ def page(done: list[dict[str, Any]], num_samples: int, floor: float, accuracy: f
 
 def page_of_edits(edits: list[dict[str, Any]], num_samples: int) -> str:
     """The table of edits in Markdown."""
-    guided = [
-        f"guidance {scale:g}: is the new class / still the old one" for scale in EDIT_GUIDANCE
-    ]
     lines = [
         "",
-        f"Edits of {num_samples} held-out digits in {EDIT_AR_STEPS} AR steps, each with a class that it is"
-        " not, all others equally often.",
+        f"Edits of {num_samples} held-out digits, S = {EDIT_AR_STEPS}, guidance {EDIT_GUIDANCE:g}, each with"
+        " a class that it is not, all others equally often. Is the new class / still the old one:",
         "",
-        "| kept | share generated anew | " + " | ".join(guided) + " |",
-        "|---" * (2 + len(guided)) + "|",
+        "| kept | share generated anew | " + " | ".join(f"`kept_as={it}`" for it in KEPT_AS) + " |",
+        "|---" * (2 + len(KEPT_AS)) + "|",
     ]
     for keep, of_mask in itertools.groupby(edits, lambda edit: edit["keep"]):
         row = list(of_mask)
         cells = [f"{edit['agreement']:.1%} / {edit['old_class']:.1%}" for edit in row]
         lines.append(f"| {keep} | {row[0]['share_generated']:.0%} | " + " | ".join(cells) + " |")
+    means = [
+        f"{statistics.mean(edit['agreement'] for edit in edits[column :: len(KEPT_AS)]):.1%}"
+        for column in range(len(KEPT_AS))
+    ]
+    lines.append("| mean | | " + " | ".join(means) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,7 +4,7 @@
 A part of each image is kept, and the rest is generated anew around it, with another class if asked,
 without fine-tuning (paper section 4.4). The images are one's own (`--images`: a `.npz`, a folder, or
 one picture) or generated first (`--source_classes`). `--keep_ratio=0.8,0.5,0.2` with `--keep=random`
-regenerates a growing share: a class that morphs.
+regenerates a growing share: a class that morphs. `--kept_as=noised` heeds the new class more.
 
 `--out` is as in cfjax.sample; a picture of the images before, the masks and the images after is in
 `<out>_strip.png`.
@@ -63,6 +63,7 @@ def edit_from_flags() -> dict[str, Any]:
         "keep": keep,
         "keep_box": list(integers("keep_box", values["keep_box"])),
         "keep_ratio": list(ratios),
+        "kept_as": values["kept_as"],
     }
 
 
@@ -136,6 +137,19 @@ def known_parts(request: Request, model: Sampler, images: np.ndarray) -> list[sa
     ]
 
 
+def settings_of(
+    request: Request, model: Sampler, known: sampling.Known
+) -> sampling.SamplingSettings:
+    """How the model is to generate what is not kept.
+
+    Raises:
+      UserError: a value out of range.
+    """
+    settings = request.settings(model, int(known.is_known[0].sum()))
+    # A recipe of an earlier version does not say it.
+    return dataclasses.replace(settings, kept_as=request.edit.get("kept_as", "clean"))
+
+
 def checksum(array: np.ndarray) -> str:
     """SHA-256 of the bytes."""
     return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
@@ -156,10 +170,7 @@ def main(_: Sequence[str]) -> None:
     )
     labels = request.labels(model)
     knowns = known_parts(request, model, images)
-    parts = [
-        Part(labels, request.settings(model, int(known.is_known[0].sum())), known)
-        for known in knowns
-    ]
+    parts = [Part(labels, settings_of(request, model, known), known) for known in knowns]
     recipe = recipe_of("cfjax.edit", request, model, parts[0].settings) | {
         "source_sha256": checksum(images),
         "is_known_sha256": checksum(np.stack([known.is_known for known in knowns])),
@@ -209,6 +220,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_list("keep_box", [], "Of box, in pixels: TOP,LEFT,BOTTOM,RIGHT.")
     flags.DEFINE_list("keep_ratio", [], "Of random: the share of tokens; of several, all in turn.")
+    flags.DEFINE_string(
+        "kept_as",
+        "clean",
+        "How the model sees what is kept: clean, or noised as what is denoised beside it, so that a new"
+        " class is heeded more.",
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,29 @@ class Network(NamedTuple):
     params: Any
 
 
+class NoisedContext(NamedTuple):
+    """Known tokens that are noised to the timestep of the tokens beside which they are seen.
+
+    So the denoising of an inpainted image goes (arXiv 2011.13456, appendix I.2; arXiv 2201.09865).
+
+    Attributes:
+      tokens: clean, `[batch, M, token_width]`.
+      noise: like `tokens`.
+      grid_indices: `[batch, M]`.
+      rates: float32 `[T, 2]`, of clean tokens and of noise at each timestep of training.
+    """
+
+    tokens: jax.Array
+    noise: jax.Array
+    grid_indices: jax.Array
+    rates: jax.Array
+
+    def at(self, t: jax.Array) -> jax.Array:
+        """x_t of the tokens, `[batch, M, token_width]`."""
+        signal_rate, noise_rate = self.rates[t]
+        return signal_rate * self.tokens + noise_rate * self.noise
+
+
 class Caches(NamedTuple):
     """KV caches while an image is generated.
 
@@ -23,10 +46,12 @@ class Caches(NamedTuple):
       main: of the model; with classifier-free guidance two rows an example, with its class and with
         the null class. So both are on the same device.
       guide: of the weaker model of autoguidance, or None.
+      noised: known tokens that are not in the caches, but noised beside those that are denoised.
     """
 
     main: KVCache
     guide: KVCache | None
+    noised: NoisedContext | None = None
 
 
 def prefill(
@@ -92,7 +117,7 @@ def push_clean_tokens(
         )
 
     guide_cache = None if caches.guide is None else push(guide, caches.guide)
-    return Caches(push(network, caches.main), guide_cache)
+    return caches._replace(main=push(network, caches.main), guide=guide_cache)
 
 
 def guided_prediction(
@@ -117,10 +142,13 @@ def guided_prediction(
     Returns:
       float32 `[batch, M, token_width]`.
     """
-    batch = x_t.shape[0]
+    batch, num_tokens = x_t.shape[:2]
+    if caches.noised is not None:
+        x_t = jnp.concatenate([x_t, caches.noised.at(t)], axis=1)
+        grid_indices = jnp.concatenate([grid_indices, caches.noised.grid_indices], axis=1)
 
     def predict(network, kv_cache, copies):
-        return network.model.apply(
+        predicted = network.model.apply(
             {"params": network.params},
             kv_cache,
             _repeat(x_t, copies),
@@ -128,6 +156,7 @@ def guided_prediction(
             _repeat(grid_indices, copies),
             method=network.model.denoise,
         )
+        return predicted if caches.noised is None else predicted[:, :num_tokens]
 
     if scale is None:
         return predict(network, caches.main, 1)

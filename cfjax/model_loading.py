@@ -9,12 +9,14 @@ from ml_collections import ConfigDict
 from cfjax import (
     build,
     build_data,
+    build_documents,
     checkpoint_weights,
     checkpoints,
     mesh_autoencoder,
     sharding,
 )
 from cfjax.config_loading import config_from_json
+from cfjax.document_sampler import DocumentSampler
 from cfjax.errors import UserError, check_choice
 from cfjax.guided_network import Network
 from cfjax.sampler import Sampler, override_sampling
@@ -69,7 +71,8 @@ def load(
         weaker_config.sampling.dtype = config.sampling.dtype
         _check_guide(directory, config, guide, weaker_config)
     network = _restore(directory, train_step, config, mesh, weights)
-    return Sampler(
+    of_kind = DocumentSampler if build_documents.has_text(config) else Sampler
+    return of_kind(
         config=config,
         model=network.model,
         params=network.params,

@@ -41,7 +41,7 @@ from cfjax.sampling_flags import (
 # Flags that a recipe has values for, besides those of sampling.
 OF_REQUEST = (
     *("classes", "num_samples", "autoencoder", "guide"),
-    *("images", "source_classes", "source_seed", "keep", "keep_box", "keep_ratio"),
+    *("images", "source_classes", "source_seed", "keep", "keep_box", "keep_ratio", "kept_as"),
 )
 
 

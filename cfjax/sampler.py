@@ -117,6 +117,7 @@ class Sampler:
         *,
         keep_box: Sequence[int] = (),
         keep_ratio: float = 0.5,
+        kept_as: str = "clean",
         seed: int = 0,
         first_index: int = 0,
         batch_size: int = 256,
@@ -132,6 +133,8 @@ class Sampler:
             "box", "random", or bool pixels `[H, W]`. A token stays if all of its pixels do.
           keep_box: of "box": (top, left, bottom, right) in pixels; bottom and right are not in it.
           keep_ratio: of "random": the share of the tokens.
+          kept_as: how the model sees what is kept: "clean", or "noised" as the tokens that are
+            denoised beside it, so that the new class shapes the image before its strokes are fixed.
           seed, first_index, batch_size: see `generate`. With nothing kept it is `generate`.
           split_sizes: of the tokens that are generated.
           **overrides: fields of `config.sampling`.
@@ -151,6 +154,7 @@ class Sampler:
                 f"there are {len(labels)} labels for {len(images)} images; pass one for each."
             )
         settings = self.settings(overrides, split_sizes, int(known.is_known[0].sum()))
+        settings = dataclasses.replace(settings, kept_as=kept_as)
         batches = self.stream(labels, settings, seed, first_index, batch_size, known)
         return np.concatenate(list(batches))
 

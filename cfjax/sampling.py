@@ -8,7 +8,7 @@ are known from the start (editing) are pushed before the first AR step.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +22,10 @@ from cfjax.diffusion.solvers import Solver
 from cfjax.errors import UserError, check_choice
 from cfjax.factorization import TOKEN_ORDERS, token_order
 from cfjax.guidance import Guidance
-from cfjax.guided_network import Caches, Network, prefill, push_clean_tokens
+from cfjax.guided_network import Caches, Network, NoisedContext, prefill, push_clean_tokens
 from cfjax.models.causal_fusion import CausalFusion
+
+KEPT_AS = ("clean", "noised")
 
 # (AR step, index of the denoising step) -> noise [batch, tokens of the AR step, token_width]
 NoiseAt = Callable[[int | jax.Array, jax.Array], jax.Array]
@@ -40,6 +42,8 @@ class SamplingSettings:
       block_size, dilation_stride: of the orders of these names, in tokens.
       solver: the denoising rule.
       guidance: how strongly to guide, and where.
+      kept_as: how known tokens are seen: "clean", as those of earlier AR steps, or "noised" to the
+        timestep of the tokens that are denoised beside them.
     """
 
     split_sizes: tuple[int, ...]
@@ -49,9 +53,11 @@ class SamplingSettings:
     dilation_stride: int = 2
     solver: Solver = dataclasses.field(default_factory=Solver)
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    kept_as: str = "clean"
 
     def __post_init__(self):
         check_choice("token order", self.token_order, TOKEN_ORDERS)
+        check_choice("kept_as", self.kept_as, KEPT_AS)
         if len(self.schedules) != len(self.split_sizes):
             raise UserError(
                 f"there are {len(self.split_sizes)} AR steps, but {len(self.schedules)} numbers of"
@@ -129,6 +135,34 @@ def generate(
     Raises:
       UserError: the split sizes don't sum to L and no tokens are known.
     """
+    order, start_noise, noise_at = draw_noise(model, settings, keys)
+    tokens, trajectory = generate_from_noise(
+        Network(model, params),
+        settings,
+        labels,
+        order,
+        start_noise,
+        noise_at,
+        known=known,
+        guide=None if guide_model is None else Network(guide_model, guide_params),
+        record=return_trajectory,
+    )
+    return (tokens, trajectory) if return_trajectory else tokens
+
+
+def draw_noise(
+    model: CausalFusion, settings: SamplingSettings, keys: jax.Array
+) -> tuple[jax.Array, jax.Array, Callable[[int], NoiseAt]]:
+    """All that is drawn for one image a key.
+
+    Args:
+      model: gives the grid and the width of a token (static).
+      settings: gives the token order (static).
+      keys: typed keys `[batch]`.
+
+    Returns:
+      `order`, `start_noise` and `noise_at` of `generate_from_noise`.
+    """
     order_keys, start_keys, noise_keys = jnp.moveaxis(
         jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0
     )
@@ -153,18 +187,7 @@ def generate(
 
         return draw
 
-    tokens, trajectory = generate_from_noise(
-        Network(model, params),
-        settings,
-        labels,
-        order,
-        start_noise,
-        noise_at,
-        known=known,
-        guide=None if guide_model is None else Network(guide_model, guide_params),
-        record=return_trajectory,
-    )
-    return (tokens, trajectory) if return_trajectory else tokens
+    return order, start_noise, noise_at
 
 
 @jax.tree_util.register_dataclass
@@ -220,6 +243,44 @@ def generate_from_noise(
         )
     if known is not None and settings.num_generated == 0:
         return known.tokens, Trajectory(order, [], []) if record else None
+    room = num_pushed_tokens(model, settings)
+    num_cached = room - num_known if settings.kept_as == "noised" else room
+    caches = prefill(network, guide, labels, num_cached, settings.is_guided)
+    tokens, trajectory, _ = generate_over_caches(
+        *(network, settings, caches, room, order, start_noise, noise_at),
+        known=known,
+        guide=guide,
+        record=record,
+    )
+    return tokens, trajectory
+
+
+def generate_over_caches(
+    network: Network,
+    settings: SamplingSettings,
+    caches: Caches,
+    room: int,
+    order: jax.Array,
+    start_noise: jax.Array,
+    noise_at: Callable[[int], NoiseAt],
+    *,
+    known: Known | None = None,
+    guide: Network | None = None,
+    record: bool = False,
+) -> tuple[jax.Array, Trajectory | None, Caches]:
+    """`generate_from_noise` after what the caches hold: condition tokens, or a document so far.
+
+    Args:
+      caches: with room for `room` image tokens, at least those before the last AR step.
+      room: with L, all tokens are pushed, so that something may follow the image.
+      network, settings, order, start_noise, noise_at, known, guide, record: see there; at least one
+        token is generated.
+
+    Returns:
+      Tokens, the trajectory or None, and the caches with what was pushed.
+    """
+    model = network.model
+    num_known = model.num_tokens - settings.num_generated
     if num_known:
         order = known_first(order, known.is_known)
     start_noise = jnp.take_along_axis(start_noise, order[..., None], axis=1)
@@ -254,13 +315,16 @@ def generate_from_noise(
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, x, begin, axis=1)
         return _State(caches, tokens), trajectory
 
-    room = num_pushed_tokens(model, settings)
-    caches = prefill(network, guide, labels, room, settings.is_guided)
     tokens = jnp.zeros_like(start_noise)
     if num_known:
         tokens = jnp.take_along_axis(known.tokens, order[..., None], axis=1)
-        clean = tokens[:, :num_known]
-        caches = push_clean_tokens(network, guide, caches, clean, order[:, :num_known])
+        clean, indices = tokens[:, :num_known], order[:, :num_known]
+        if settings.kept_as == "noised":
+            rates = jnp.asarray(_rates(settings.schedules), jnp.float32)
+            noised = NoisedContext(clean, start_noise[:, :num_known], indices, rates)
+            caches = caches._replace(noised=noised)
+        else:
+            caches = push_clean_tokens(network, guide, caches, clean, indices)
     state = _State(caches, tokens)
     trajectories = []
     if _sizes_come_again(settings) and not record:
@@ -270,10 +334,11 @@ def generate_from_noise(
             _runs(settings, record), tables.row_of_ar_step, num_known, room, take_ar_step, state
         )
     tokens = jnp.take_along_axis(state.tokens, jnp.argsort(order, axis=1)[..., None], axis=1)
-    if not record:
-        return tokens, None
-    x_t, x_start = ([parts[i] for parts in trajectories] for i in (0, 1))
-    return tokens, Trajectory(order, x_t, x_start)
+    trajectory = None
+    if record:
+        x_t, x_start = ([parts[i] for parts in trajectories] for i in (0, 1))
+        trajectory = Trajectory(order, x_t, x_start)
+    return tokens, trajectory, state.caches
 
 
 class _State(NamedTuple):
@@ -327,6 +392,15 @@ def _take_any_ar_steps(settings, row_of_ar_step, num_known, take_ar_step, state)
 
     ar_steps = (np.arange(len(sizes)), begins, np.searchsorted(distinct, sizes), row_of_ar_step)
     return jax.lax.scan(scanned, state, jax.tree.map(jnp.asarray, ar_steps))[0]
+
+
+def _rates(schedules: Sequence[NoiseSchedule]) -> np.ndarray:
+    """Those of clean tokens and of noise at the timesteps of training that occur, `[T, 2]`."""
+    rates = np.zeros((max(it.timestep_map.max() for it in schedules) + 1, 2))
+    for schedule in schedules:
+        alphas_cumprod = schedule.alphas_cumprod
+        rates[schedule.timestep_map] = np.sqrt([alphas_cumprod, 1.0 - alphas_cumprod]).T
+    return rates
 
 
 def known_first(order: jax.Array, is_known: jax.Array) -> jax.Array:

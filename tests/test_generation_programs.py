@@ -152,6 +152,18 @@ def test_editing_in_python(model):
     assert shares[0] > shares[1]
 
 
+def test_editing_with_noised_context(model):
+    """What is kept comes back, and image i is the same bytes in any batch, from wherever on."""
+    images = model.generate([3, 5, 7], num_ar_steps=2)
+    options = {"keep": "top", "kept_as": "noised", "num_ar_steps": 2, "denoising_steps": 3}
+    edited = model.edit(images, [1, 2, 10], **options)
+    np.testing.assert_array_equal(edited[:, :14], images[:, :14])
+    assert (edited != model.edit(images, [1, 2, 10], **options | {"kept_as": "clean"})).any()
+    np.testing.assert_array_equal(
+        edited[1:], model.edit(images[1:], [2, 10], **options, first_index=1, batch_size=1)
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -165,6 +177,7 @@ def test_editing_in_python(model):
         ({"keep": np.ones((14, 14), bool)}, "must be bool of the image's"),
         ({"num_ar_steps": 9}, "num_ar_steps is 9, but an image of 8 tokens takes 1 to 8"),
         ({"split_sizes": (9,)}, "must sum to the 8 tokens"),
+        ({"kept_as": "blurred"}, "unknown kept_as 'blurred'"),
     ],
 )
 def test_bad_edits_are_refused(model, options, words):
@@ -200,17 +213,17 @@ def test_the_edit_program(workdir, model, tmp_path):
             assert strip.size == (3 * 32, 2 * 32)
     assert images_of(tmp_path / "edited").shape == (2, 28, 28, 1)
 
-    morph = [*base, "--source_classes=3,5", "--classes=8", "--keep=random"]
+    morph = [*base, "--source_classes=3,5", "--classes=8", "--keep=random", "--kept_as=noised"]
     run_in_process(edit, [*morph, "--keep_ratio=0.8,0.2", f"--out={tmp_path / 'morph.npz'}"])
     morphed, labels = read_images(tmp_path / "morph.npz")
     assert len(morphed) == 4 and (labels == 8).all()
     sources = model.generate([3, 5], num_ar_steps=2)
-    np.testing.assert_array_equal(
-        morphed[2:], model.edit(sources, [8, 8], "random", keep_ratio=0.2, num_ar_steps=2, seed=4)
-    )
-    run_in_process(
-        edit, [f"--from_json={tmp_path / 'morph.npz.json'}", f"--out={tmp_path / 'again.npz'}"]
-    )
+    options = {"keep_ratio": 0.2, "kept_as": "noised", "num_ar_steps": 2, "seed": 4}
+    np.testing.assert_array_equal(morphed[2:], model.edit(sources, [8, 8], "random", **options))
+    again = [f"--from_json={tmp_path / 'morph.npz.json'}", f"--out={tmp_path / 'again.npz'}"]
+    with pytest.raises(UserError, match="says how to sample; drop --kept_as"):
+        run_in_process(edit, [*again, "--kept_as=clean"])
+    run_in_process(edit, again)
     np.testing.assert_array_equal(images_of(tmp_path / "again.npz"), morphed)
 
 
@@ -222,6 +235,7 @@ def test_the_edit_program(workdir, model, tmp_path):
         (["--source_classes=1", "--keep=top", "--keep_ratio=0.5"], "--keep_ratio is for"),
         (["--source_classes=1", "--keep=middle"], "unknown mask 'middle'"),
         (["--source_classes=1", "--keep=gone.png"], "gone.png"),
+        (["--source_classes=1", "--keep=top", "--kept_as=dim"], "unknown kept_as 'dim'"),
         (["--source_classes=12"], "class 12 is out of range"),
         (["--images=nowhere.npz"], "nowhere.npz"),
         (["--images=nowhere"], "nowhere"),

@@ -67,9 +67,7 @@ def test_a_class_and_its_image_are_the_single_image_model(params, attention, cop
 
     def of_documents(params):
         apply = {"params": params}
-        prediction, _ = model.apply(
-            apply, made.of_batch(batch), *inputs, method=model.documents
-        )
+        prediction, _ = model.apply(apply, made.of_batch(batch), *inputs, method=model.documents)
         return (prediction * direction).sum(), prediction
 
     def of_images(params):
@@ -100,9 +98,7 @@ def test_a_class_and_its_image_in_any_row(model, params):
     )
     image_params = {name: it for name, it in params.items() if not name.startswith("text")}
     alone = single_image_model(model)
-    expected = alone.apply(
-        {"params": image_params}, jnp.array([3]), *(it[:, 0] for it in inputs)
-    )
+    expected = alone.apply({"params": image_params}, jnp.array([3]), *(it[:, 0] for it in inputs))
     np.testing.assert_allclose(prediction[:, 0], expected, rtol=0, atol=2e-6)
 
 
@@ -232,3 +228,58 @@ def test_causality_by_gradient(model, params):
 def test_splash_attention_is_refused():
     with pytest.raises(UserError, match="splash attention is for models of images alone"):
         tiny.random_params(made.model(attention="splash"))
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_cached_is_uncached(model, params, padding):
+    """Interleaved text and images, pushed by AR steps; 3e-5 for sums in another order.
+
+    With `padding` empty slots before every text token, in a ring that is just large enough.
+    """
+    rng = np.random.default_rng(2)
+    document = (TextSegment("ab"), IMAGE, TextSegment("cde"), IMAGE)
+    items = made.items(document)
+    row = made.row([document], Slots(10, 2))
+    batch = {name: jnp.asarray(it[None]) for name, it in row.items()}
+    clean, noised, _, order, _ = made.images(rng, 1, 2)
+    ar_step_size = 2
+    ids = jnp.broadcast_to(jnp.arange(made.NUM_TOKENS) // ar_step_size, order.shape)
+    t = jnp.full((1, 2, 1, 1), 300)
+    prediction, logits = model.apply(
+        {"params": params},
+        *(made.of_batch(batch), clean, noised, t, order, ids),
+        method=model.documents,
+    )
+
+    def jitted(method):
+        return jax.jit(lambda *args: model.apply({"params": params}, *args, method=method))
+
+    @jitted
+    def push_tokens(model, cache, tokens, indices):
+        return model.extend(cache, model.clean_image_tokens(tokens, indices))
+
+    push_text, denoise = jitted(model.push_text), jitted(model.denoise)
+    capacity = len(items) - 2 + 2 * made.NUM_TOKENS + 8 * padding
+    cache = model.apply({"params": params}, 1, capacity, method=model.empty_document_cache)
+    image, text, found_logits = 0, 0, []
+    found = np.zeros(prediction.shape, np.float32)
+    for item in items:
+        if item.token is not None:
+            tokens = jnp.array([[0] * padding + [item.token]])
+            is_real = jnp.array([[False] * padding + [True]])
+            cache, after = push_text(cache, tokens, is_real)
+            found_logits.append(after[0, -1])
+            text += 1
+            continue
+        for begin in range(0, made.NUM_TOKENS, ar_step_size):
+            members = slice(begin, begin + ar_step_size)
+            indices = order[:, image, members]
+            found[0, image, 0, members] = denoise(
+                cache, noised[:, image, 0, members], jnp.array([300]), indices
+            )[0]
+            cache = push_tokens(cache, clean[:, image, members], indices)
+        cache = cache.after_segment(1)
+        image += 1
+    np.testing.assert_allclose(found, prediction, rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found_logits, logits[0, :text], rtol=0, atol=3e-5)
+    assert cache.position.tolist() == [len(items)]

@@ -60,7 +60,8 @@ class DocumentCache(NamedTuple):
         oldest_kept = jnp.max(jnp.where(used, self.segment_of_slot + 1, 0))
         is_kept = ~is_overwritten & (self.segment_of_slot >= oldest_kept)
         return self._replace(
-            kv_cache=self.kv_cache._replace(length=begin), is_filled=self.is_filled & is_kept
+            kv_cache=self.kv_cache._replace(length=begin),
+            is_filled=self.is_filled & is_kept[None],
         )
 
     def with_pushed(self, kv_cache: KVCache, is_real: jax.Array) -> "DocumentCache":
