@@ -41,7 +41,7 @@ ROOMS = {
     "sampling": (
         [
             *("sampling", "guided_network", "denoising", "denoising_tables", "guidance"),
-            *("plans", "editing"),
+            *("plans", "editing", "text_sampling", "document_sampling", "beam_search"),
         ],
         [GROUND, "models"],
     ),
@@ -70,7 +70,7 @@ ROOMS = {
         ],
     ),
     "sampler": (
-        ["sampler", "model_loading"],
+        ["sampler", "document_sampler", "model_loading"],
         [
             *(GROUND, "models", "sampling", "storage", "data", "config", "build"),
             "autoencoder files",
@@ -102,7 +102,7 @@ LIBRARIES = {
     "tqdm": None,
     "flax": [
         *("sharding", "train_state", "models", "autoencoder_files", "lpips_files"),
-        *("inception_files", "convert", "evaluation"),
+        *("inception_files", "convert", "evaluation", "document_sampling"),
     ],
     "optax": [
         *("optimizer", "train_state", "train_step", "autoencoder_train_step"),
