@@ -46,9 +46,9 @@ ROWS = {
     "XL 256², batch 128": [
         *(XL, "--topology=v5e:4x4", "--config.mesh.fsdp=4", "--config.train.global_batch_size=128")
     ],
-    "XL 256², remat none": [XL, "--topology=v5e:16x16", "--config.model.remat_policy=none"],
     "captions and images, L 256²": [it.format("l") for it in CAPTIONS],
     "the same, `transfusion`": [it.format("transfusion") for it in CAPTIONS],
+    "XL 256², remat none": [XL, "--topology=v5e:16x16", "--config.model.remat_policy=none"],
 }
 
 SAMPLER = [
