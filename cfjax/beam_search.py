@@ -35,9 +35,7 @@ class Beams(NamedTuple):
         return self.log_probability / jnp.maximum(self.length, 1) ** length_penalty
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "settings", "vocabulary"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("model", "settings", "vocabulary"))
 def search_text(
     model: MultimodalCausalFusion,
     params: Any,
@@ -49,12 +47,13 @@ def search_text(
 
     Args:
       model, params: the transformer.
-      state: of documents with one row each.
+      state: of documents; it stays as it is, and of rows that guide nothing is read.
       settings: number of beams, longest text, length penalty.
       vocabulary: our own tokens.
     """
     batch, width = len(state.logits), settings.num_beams
-    state = _rows(state, jnp.repeat(jnp.arange(batch), width))
+    copies = state.caches.main.num_rows // batch
+    state = _rows(state, jnp.repeat(jnp.arange(batch), width), copies)
     beams = Beams(
         tokens=jnp.full((batch, width, settings.max_length), NO_TOKEN, jnp.int32),
         # All are the same at first: one of them goes on.
@@ -113,13 +112,13 @@ def _best(beams, logits, settings, vocabulary, place):
     return beams, jnp.arange(batch)[:, None] * width + parent, token
 
 
-def _rows(state: DocumentState, rows: jax.Array) -> DocumentState:
-    """The state of other rows, in their order."""
+def _rows(state: DocumentState, rows: jax.Array, copies: int = 1) -> DocumentState:
+    """The state of other documents, in their order: of each the first of its `copies` rows."""
     cache = state.caches.main
-    layers = cache.kv_cache
+    layers, firsts = cache.kv_cache, copies * rows
     main = cache._replace(
-        kv_cache=layers._replace(keys=layers.keys[:, rows], values=layers.values[:, rows]),
-        is_filled=cache.is_filled[rows],
-        position=cache.position[rows],
+        kv_cache=layers._replace(keys=layers.keys[:, firsts], values=layers.values[:, firsts]),
+        is_filled=cache.is_filled[firsts],
+        position=cache.position[firsts],
     )
     return DocumentState(Caches(main, None), state.logits[rows])

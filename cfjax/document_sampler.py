@@ -112,7 +112,13 @@ class DocumentSampler(Sampler):
         return images[:, 0] if n == 1 else images
 
     def caption(self, images: np.ndarray, **options: Any) -> list[str]:
-        """A text for each image uint8 `[N, H, W, C]`; see `generate` for the options."""
+        """A text for each image uint8 `[N, H, W, C]`; see `generate` for the options.
+
+        Raises:
+          UserError: there is no image, or see `generate`.
+        """
+        if not len(images):
+            raise UserError("there is no image; pass at least one to be described.")
         return self.generate(prompt=[[image] for image in images], what="text", **options)
 
     def edit(
@@ -164,11 +170,76 @@ class DocumentSampler(Sampler):
         if not settings.num_generated:
             return np.asarray(images)
         prompts = as_documents([[label] for label in labels])
-        follow = [("image",)] * len(prompts)
-        edited = self.continue_documents(
-            prompts, follow, settings, None, seed, first_index, known=known
+        batches = self.stream_documents(
+            prompts, settings, seed=seed, first_index=first_index, known=known
         )
-        return np.stack([parts[0] for parts in edited])
+        return np.concatenate(list(batches))[:, 0]
+
+    def check_labels(self, labels: Sequence[int]) -> np.ndarray:
+        """Labels as int32 `[N]`; see `Sampler.check_labels`.
+
+        Raises:
+          UserError: the model has no classes, there is no label, or one is not a class.
+        """
+        if not self.model.num_classes:
+            raise UserError(
+                "the model has no classes (data.num_classes is 0), but texts: pass a prompt or a"
+                " caption instead."
+            )
+        return super().check_labels(labels)
+
+    def stream_documents(
+        self,
+        documents: Sequence[Document],
+        settings: sampling.SamplingSettings,
+        n: int = 1,
+        seed: int = 0,
+        first_index: int = 0,
+        batch_size: int = 256,
+        known: sampling.Known | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yields the images that follow documents, batch by batch.
+
+        Args:
+          documents: so far; empty ones begin anew.
+          settings: how images are generated.
+          n: images that follow each.
+          seed, first_index: see `generate`.
+          batch_size: images of a batch, at least; the last one may have fewer.
+          known: tokens that stay as they are, with a row a document; with n = 1.
+
+        Yields:
+          uint8 `[m, n, H, W, C]`, of the next m documents.
+
+        Raises:
+          UserError: a document that does not fit the model.
+        """
+        for document in documents:
+            self.check_document(document)
+        if known is not None and not settings.num_generated:
+            size, grid = self.config.model.patch_size, self.model.grid
+            tokens = unpatchify(jnp.asarray(known.tokens), size, grid)
+            yield to_uint8(self.to_images(np.asarray(tokens)))[:, None]
+            return
+        at_once = self._documents_at_once()
+        groups = (first_index + np.arange(len(documents))) // at_once
+        waiting, num_waiting = [], 0
+        for group in np.unique(groups):
+            rows = np.flatnonzero(groups == group)
+            generated = self.continue_documents(
+                [documents[row] for row in rows],
+                [("image",) * n] * len(rows),
+                settings,
+                None,
+                seed,
+                first_index + int(rows[0]),
+                known=known and sampling.Known(*(it[rows] for it in known)),
+            )
+            waiting.append(np.stack([np.stack(parts) for parts in generated]))
+            num_waiting += n * len(rows)
+            if num_waiting >= batch_size or group == groups[-1]:
+                yield np.concatenate(waiting)
+                waiting, num_waiting = [], 0
 
     def text_sampling(self, options: dict[str, Any]) -> TextSampling:
         """How text is generated, with fields of `TextSampling` overridden.
@@ -209,8 +280,12 @@ class DocumentSampler(Sampler):
 
         Returns:
           The segments of each document.
+
+        Raises:
+          UserError: a prompt that does not fit the model.
         """
-        prompts = [self._checked(prompt) for prompt in prompts]
+        for prompt in prompts:
+            self.check_document(prompt)
         structures = [
             (tuple(type(part) for part in prompt), tuple(kinds))
             for prompt, kinds in zip(prompts, follow, strict=True)
@@ -237,8 +312,7 @@ class DocumentSampler(Sampler):
 
         A document's place depends on its index alone, as sums of other rows are rounded otherwise.
         """
-        at_once = self.config.sampling.images_per_device * sharding.num_batch_shards(self.mesh)
-        indices = first_index + rows
+        at_once, indices = self._documents_at_once(), first_index + rows
         for group in np.unique(indices // at_once):
             members = rows[indices // at_once == group]
             places, is_own = np.full(at_once, members[0]), np.zeros(at_once, bool)
@@ -246,9 +320,21 @@ class DocumentSampler(Sampler):
             is_own[(first_index + members) % at_once] = True
             yield places, is_own
 
-    def _checked(self, prompt: Document) -> Document:
+    def _documents_at_once(self) -> int:
+        return self.config.sampling.images_per_device * sharding.num_batch_shards(self.mesh)
+
+    def check_document(self, prompt: Document) -> None:
+        """Refuses a document that can't be continued.
+
+        Raises:
+          UserError: a text of it is too long, an image of another size, or a class unknown or in the
+            wrong place.
+        """
+        encode = build_documents.tokenizer(self.config).encode
         for place, part in enumerate(prompt):
-            if isinstance(part, ImageSegment):
+            if isinstance(part, TextSegment):
+                encode_text(part.text, encode, self.config.text.max_length)
+            elif isinstance(part, ImageSegment):
                 pixels = part.pixels
                 if pixels.dtype != np.uint8 or pixels.shape != self.image_shape:
                     raise UserError(
@@ -261,7 +347,6 @@ class DocumentSampler(Sampler):
                     raise UserError(
                         f"class {part.label} in the prompt has no image after it; put it at the end."
                     )
-        return prompt
 
     def _continue(
         self,
@@ -275,7 +360,8 @@ class DocumentSampler(Sampler):
             stream = _Stream(self, prompts, indices, options)
             for place in range(len(prompts[0])):
                 stream.push([prompt[place] for prompt in prompts])
-            parts = [stream.generate(kind, known) for kind in kinds]
+            last = len(kinds) - 1
+            parts = [stream.generate(kind, known, i == last) for i, kind in enumerate(kinds)]
         return [[part[row] for part in parts] for row in range(len(prompts))]
 
 
@@ -316,9 +402,12 @@ class _Stream:
         wanted = self._options.context_tokens or (
             config.tokens_per_row + config.images_per_row * num_tokens
         )
+        # An image's own tokens must not overwrite each other, nor what announces it, where an AR step
+        # that no longer fits before the end of the ring begins anew.
+        least = 2 * num_tokens + self._sampler.model.condition_length + 4
         # Texts of prompts are padded; the pads are no context.
         num_texts = sum(isinstance(part, TextSegment) for part in prompt)
-        return max(wanted, num_tokens + 4) + num_texts * (self._max_text_length + 1)
+        return max(wanted, least) + num_texts * (self._max_text_length + 1)
 
     def _put(self, rows: np.ndarray) -> jax.Array:
         return self._sampler._on_mesh(np.ascontiguousarray(rows))
@@ -385,12 +474,14 @@ class _Stream:
         )
         self._before = "class"
 
-    def generate(self, kind: str, known: sampling.Known | None) -> Sequence[np.ndarray | str]:
-        """The next segment of each document."""
+    def generate(
+        self, kind: str, known: sampling.Known | None, is_last: bool
+    ) -> Sequence[np.ndarray | str]:
+        """The next segment of each document; after the last one no state is kept."""
         fold = jax.vmap(lambda key: jax.random.fold_in(key, self._num_generated))
         keys = fold(self._keys) if self._num_generated else self._keys
         self._num_generated += 1
-        return self._generate_image(keys, known) if kind == "image" else self._write(keys)
+        return self._generate_image(keys, known) if kind == "image" else self._write(keys, is_last)
 
     def _generate_image(self, keys, known):
         sampler = self._sampler
@@ -406,7 +497,7 @@ class _Stream:
             images = sampler.autoencoder.decode(images)
         return to_uint8(multihost_utils.process_allgather(images, tiled=True))
 
-    def _write(self, keys):
+    def _write(self, keys, is_last):
         if self._before in (None, "image"):
             own = self._vocabulary
             first = own.end_of_text if self._before is None else own.end_of_image
@@ -419,6 +510,8 @@ class _Stream:
                 *self._networks[:2], self._state, text, self._vocabulary
             )
             tokens = multihost_utils.process_allgather(beams.tokens[:, 0], tiled=True)
+            if not is_last:
+                self._push_ids(np.maximum(tokens, 0), tokens != NO_TOKEN)
             return self._decoded(tokens)
         writing = Writing(self._put(np.zeros(self._batch, bool)), jnp.int32(0))
         written = []
@@ -428,7 +521,8 @@ class _Stream:
                 *(writing, keys),
             )
             written.append(multihost_utils.process_allgather(tokens, tiled=True))
-            if (written[-1][:, -1] == NO_TOKEN).all():
+            # Where something follows, it must not depend on how long the other texts are.
+            if is_last and (written[-1][:, -1] == NO_TOKEN).all():
                 break
         return self._decoded(np.concatenate(written, axis=1))
 

@@ -2,7 +2,8 @@
 --out edited.png`.
 
 A part of each image is kept, and the rest is generated anew around it, with another class if asked,
-without fine-tuning (paper section 4.4). The images are one's own (`--images`: a `.npz`, a folder, or
+without fine-tuning (paper section 4.4). A model of documents takes a text: `--caption` instead of
+`--classes`. The images are one's own (`--images`: a `.npz`, a folder, or
 one picture) or generated first (`--source_classes`). `--keep_ratio=0.8,0.5,0.2` with `--keep=random`
 regenerates a growing share: a class that morphs. `--kept_as=noised` heeds the new class more.
 
@@ -24,6 +25,12 @@ from cfjax import editing, program, sampling
 from cfjax.data.image_files import image_paths, read_image, read_images, write_png
 from cfjax.data.images import center_crop
 from cfjax.errors import UserError
+from cfjax.generation_prompts import (
+    check_takes_prompts,
+    documents_of,
+    prompt_indices,
+    recipe_of_prompts,
+)
 from cfjax.generation_request import Request, recipe_of, request_from_flags
 from cfjax.sample import Part, asked_for, define_output_flags, write
 from cfjax.sampler import Sampler
@@ -56,6 +63,8 @@ def edit_from_flags() -> dict[str, Any]:
         raise UserError("--keep=random needs --keep_ratio, the share of the tokens to be kept.")
     if keep != "random" and ratios:
         raise UserError(f"--keep_ratio is for --keep=random, not for --keep={keep}.")
+    if values["caption"] is not None and values["classes"]:
+        raise UserError("both --caption and --classes are given; drop one of them.")
     return {
         "images": values["images"],
         "source_classes": list(sources),
@@ -137,6 +146,14 @@ def known_parts(request: Request, model: Sampler, images: np.ndarray) -> list[sa
     ]
 
 
+def prompt_of_edit() -> dict[str, Any]:
+    """The caption of the flags as `cfjax.generation_prompts` has it; empty if there is none."""
+    caption = flags.FLAGS["caption"].value
+    if caption is None:
+        return {}
+    return {"texts": [caption], "images": [], "images_per_document": 1}
+
+
 def settings_of(
     request: Request, model: Sampler, known: sampling.Known
 ) -> sampling.SamplingSettings:
@@ -158,23 +175,30 @@ def checksum(array: np.ndarray) -> str:
 def main(_: Sequence[str]) -> None:
     """Runs the program."""
     program.initialize_distributed()
-    request, repeated = asked_for("cfjax.edit", lambda: request_from_flags(0, edit_from_flags()))
-    model = request.load(mesh_from_flags())
-    images = source_images(request, model)
-    request = dataclasses.replace(
-        request,
-        num_samples=len(images),
-        classes=request.classes
-        or tuple(request.edit["source_classes"])
-        or (model.model.null_class,),
+    request, repeated = asked_for(
+        "cfjax.edit", lambda: request_from_flags(0, edit_from_flags(), prompt_of_edit())
     )
-    labels = request.labels(model)
+    model = request.load(mesh_from_flags())
+    if request.prompt:
+        check_takes_prompts(model, "--caption")
+    images = source_images(request, model)
+    request = dataclasses.replace(request, num_samples=len(images))
+    documents = None
+    if request.prompt:
+        documents = documents_of(request.prompt, len(images), model)
+        labels = prompt_indices(request.prompt, len(images))
+    else:
+        own = tuple(request.edit["source_classes"]) or (model.model.null_class,)
+        request = dataclasses.replace(request, classes=request.classes or own)
+        labels = request.labels(model)
     knowns = known_parts(request, model, images)
-    parts = [Part(labels, settings_of(request, model, known), known) for known in knowns]
+    parts = [Part(labels, settings_of(request, model, it), it, documents) for it in knowns]
     recipe = recipe_of("cfjax.edit", request, model, parts[0].settings) | {
         "source_sha256": checksum(images),
         "is_known_sha256": checksum(np.stack([known.is_known for known in knowns])),
     }
+    if documents is not None:
+        recipe |= recipe_of_prompts(model, documents)
     shown = images[:MAX_STRIP_ROWS]
     edited = np.zeros((len(parts), *shown.shape), np.uint8)
     is_there = np.zeros(edited.shape[:2], bool)
@@ -184,10 +208,12 @@ def main(_: Sequence[str]) -> None:
             if row < len(shown):
                 edited[part, row], is_there[part, row] = image, True
     for part in np.flatnonzero(~is_there.all(axis=1)):  # an earlier run wrote them
-        rows = [it[: len(shown)] for it in (labels, *parts[part].known)]
-        settings, known = parts[part].settings, sampling.Known(*rows[1:])
-        batches = model.stream(rows[0], settings, request.seed, known=known)
-        edited[part] = np.concatenate(list(batches))
+        of_shown = parts[part]._replace(
+            labels=labels[: len(shown)],
+            known=sampling.Known(*(it[: len(shown)] for it in parts[part].known)),
+            documents=documents and documents[: len(shown)],
+        )
+        edited[part] = np.concatenate(list(of_shown.stream(model, request.seed)))
     if jax.process_index() != 0:
         return
     out = Path(flags.FLAGS["out"].value)
@@ -210,6 +236,7 @@ def define_flags() -> None:
     define_device_flags()
     define_output_flags()
     flags.DEFINE_string("images", None, "Your own: a .npz, a folder of pictures, or one.")
+    flags.DEFINE_string("caption", None, "A text for all results, instead of classes.")
     flags.DEFINE_list("source_classes", [], "Or classes of images that are generated first.")
     flags.DEFINE_integer("source_seed", 0, "Of those.")
     flags.DEFINE_string(

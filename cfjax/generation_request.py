@@ -35,6 +35,7 @@ class Request:
       classes: of the images, over and over; empty for all.
       num_samples: how many images.
       edit: what `cfjax.edit` keeps of which images; empty for plain generation.
+      prompt: what documents begin with, see `cfjax.generation_prompts`; empty for images of classes.
     """
 
     checkpoint: str
@@ -47,6 +48,7 @@ class Request:
     classes: tuple[int, ...]
     num_samples: int
     edit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    prompt: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load(self, mesh: jax.sharding.Mesh) -> Sampler:
         """The model.
@@ -85,7 +87,11 @@ def labels_of(classes: tuple[int, ...], num_samples: int, num_classes: int) -> n
     return np.resize(cycle, num_samples)
 
 
-def request_from_flags(num_samples: int, edit: Mapping[str, Any] | None = None) -> Request:
+def request_from_flags(
+    num_samples: int,
+    edit: Mapping[str, Any] | None = None,
+    prompt: Mapping[str, Any] | None = None,
+) -> Request:
     """What the flags ask for."""
     values = flags.FLAGS.flag_values_dict()
     return Request(
@@ -99,6 +105,7 @@ def request_from_flags(num_samples: int, edit: Mapping[str, Any] | None = None) 
         classes=integers("classes", values["classes"]),
         num_samples=num_samples,
         edit=edit or {},
+        prompt=prompt or {},
     )
 
 
@@ -136,16 +143,19 @@ def recipe_of(
     train_step = int(find(request.checkpoint, request.train_step).name)
     module = model.autoencoder
     solver = dataclasses.asdict(settings.solver)
+    asked = dataclasses.asdict(
+        dataclasses.replace(
+            request,
+            checkpoint=fspath(request.checkpoint),
+            train_step=train_step,
+            sampling={name: _json_value(it) for name, it in resolved.items()},
+        )
+    )
+    if not asked["prompt"]:  # as before there were prompts
+        del asked["prompt"]
     return {
         "program": program,
-        "request": dataclasses.asdict(
-            dataclasses.replace(
-                request,
-                checkpoint=fspath(request.checkpoint),
-                train_step=train_step,
-                sampling={name: _json_value(it) for name, it in resolved.items()},
-            )
-        ),
+        "request": asked,
         "num_classes": model.model.num_classes,
         "split_sizes": list(settings.split_sizes),
         "num_denoising_steps": [it.num_timesteps for it in settings.schedules],

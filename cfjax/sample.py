@@ -1,8 +1,11 @@
 """Generates images: `python -m cfjax.sample --checkpoint runs/mnist --out samples.png`.
 
+A model of documents draws them after a text (`--prompt`, or `--prompts_file` with one a line) and after
+other images (`--prompt_images`), and with `--images_per_document` one after the other.
+
 `--out` is a picture of all samples (`.png`), an array file as the ADM suite reads it (`.npz`, images
 in `arr_0`, classes in `labels`), a set that training reads (`.array_record`), or a folder of PNGs.
-Image i depends on the seed, i and its class alone, to the bit. Images are written as they come; run
+Image i depends on the seed, i and its class or prompt alone, to the bit. Images are written as they come; run
 again, a killed run goes on where it was.
 
 A JSON beside the output says how it was made; `--from_json` makes the same bytes again.
@@ -21,7 +24,16 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from cfjax import program, sampling
+from cfjax.documents import Document
 from cfjax.errors import UserError
+from cfjax.generation_prompts import (
+    PROMPT_FLAGS,
+    define_prompt_flags,
+    documents_of,
+    prompt_from_flags,
+    prompt_indices,
+    recipe_of_prompts,
+)
 from cfjax.generation_request import (
     Request,
     check_recipe,
@@ -42,15 +54,41 @@ from cfjax.sampling_flags import (
 OF_REQUEST = (
     *("classes", "num_samples", "autoencoder", "guide"),
     *("images", "source_classes", "source_seed", "keep", "keep_box", "keep_ratio", "kept_as"),
+    *(*PROMPT_FLAGS, "caption"),
 )
 
 
 class Part(NamedTuple):
-    """Images that are made in one way; `known` tokens are those of an edit."""
+    """Images that are made in one way; `known` tokens are those of an edit.
+
+    With `documents` they follow those, `images_per_document` each, and the labels say which prompt
+    each is of.
+    """
 
     labels: np.ndarray
     settings: sampling.SamplingSettings
     known: sampling.Known | None = None
+    documents: Sequence[Document] | None = None
+    images_per_document: int = 1
+
+    def stream(
+        self, model: Sampler, seed: int, num_done: int = 0, batch_size: int = 256
+    ) -> Iterator[np.ndarray]:
+        """Yields batches uint8 `[n, H, W, C]`, without the first `num_done` images."""
+        first, passed_over = divmod(num_done, self.images_per_document)
+        rest = self.known and sampling.Known(*(rows[first:] for rows in self.known))
+        if self.documents is None:
+            yield from model.stream(
+                self.labels[first:], self.settings, seed, first, batch_size, rest
+            )
+            return
+        batches = model.stream_documents(
+            self.documents[first:],
+            *(self.settings, self.images_per_document, seed, first, batch_size, rest),
+        )
+        for images in batches:
+            yield images.reshape(-1, *images.shape[2:])[passed_over:]
+            passed_over = 0
 
 
 def stream_with_progress(
@@ -70,12 +108,12 @@ def stream_with_progress(
         disable=jax.process_index() != 0,
         file=sys.stderr,
     ) as bar:
-        for labels, settings, known in parts:
+        for part in parts:
+            labels = part.labels
             done, num_done = min(num_done, len(labels)), max(num_done - len(labels), 0)
             if done == len(labels):
                 continue
-            rest = known and sampling.Known(*(rows[done:] for rows in known))
-            for images in model.stream(labels[done:], settings, seed, done, batch_size, rest):
+            for images in part.stream(model, seed, done, batch_size):
                 bar.update(len(images))
                 yield images, labels[done : done + len(images)]
                 done += len(images)
@@ -160,12 +198,20 @@ def main(_: Sequence[str]) -> None:
     """Runs the program."""
     program.initialize_distributed()
     request, repeated = asked_for(
-        "cfjax.sample", lambda: request_from_flags(flags.FLAGS["num_samples"].value)
+        "cfjax.sample",
+        lambda: request_from_flags(flags.FLAGS["num_samples"].value, prompt=prompt_from_flags()),
     )
     model = request.load(mesh_from_flags())
     settings = request.settings(model)
-    part = Part(request.labels(model), settings)
     recipe = recipe_of("cfjax.sample", request, model, settings)
+    if request.prompt:
+        documents = documents_of(request.prompt, request.num_samples, model)
+        labels = prompt_indices(request.prompt, request.num_samples)
+        number = request.prompt["images_per_document"]
+        part = Part(labels, settings, documents=documents, images_per_document=number)
+        recipe |= recipe_of_prompts(model, documents)
+    else:
+        part = Part(request.labels(model), settings)
     collections.deque(write(recipe, repeated, model, [part], request.seed), maxlen=0)
 
 
@@ -182,7 +228,10 @@ def define_flags() -> None:
     define_sampling_flags(checkpoint_is_required=False)
     define_device_flags()
     define_output_flags()
-    flags.DEFINE_integer("num_samples", 100, "How many images.", lower_bound=1)
+    define_prompt_flags()
+    flags.DEFINE_integer(
+        "num_samples", 100, "How many images; after prompts, how many documents.", lower_bound=1
+    )
 
 
 if __name__ == "__main__":

@@ -18,14 +18,15 @@ from cfjax.sample_recipe import (
     difference,
     is_finished,
     json_of,
+    label_noun,
     read_document,
     write_document,
 )
 
 ANOTHER_RUN, UNFINISHED_RUN = "another run", "an unfinished run of another recipe"
 _READ_AT_ONCE = 256
-_IMAGE_NAME = re.compile(r"(\d{6,})_class(\d+)\.png")
-_OF_FOLDER = re.compile(r"\.?(\d{6,}_class\d+\.png|generation(\.partial)?\.json)(\.tmp)?")
+_IMAGE_NAME = re.compile(r"(\d{6,})_(?:class|prompt)(\d+)\.png")
+_OF_FOLDER = re.compile(r"\.?(\d{6,}_(class|prompt)\d+\.png|generation(\.partial)?\.json)(\.tmp)?")
 
 
 class Place(Protocol):
@@ -52,9 +53,9 @@ class Place(Protocol):
         """Deletes what only an unfinished run needs."""
 
 
-def image_name(index: int, label: int) -> str:
+def image_name(index: int, label: int, noun: str = "class") -> str:
     """`000012_class3.png`."""
-    return f"{index:06d}_class{label}.png"
+    return f"{index:06d}_{noun}{label}.png"
 
 
 class PngFolder:
@@ -119,7 +120,8 @@ class PngFolder:
                     return
 
     def write(self, start: int, images: np.ndarray, labels: np.ndarray) -> None:
-        names = [image_name(start + i, label) for i, label in enumerate(labels.tolist())]
+        noun = label_noun(self._asked)
+        names = [image_name(start + i, label, noun) for i, label in enumerate(labels.tolist())]
         with ThreadPool() as pool:
             pool.starmap(write_png, zip([self._out / name for name in names], images, strict=True))
 

@@ -39,6 +39,24 @@ def begun(
     return json.loads(json.dumps({"recipe": dict(recipe), "results": results}))
 
 
+def images_per_document(document: Mapping[str, Any]) -> int:
+    """How many images follow one another; 1 of images of classes.
+
+    Args:
+      document: the JSON of a run.
+    """
+    return _prompt(document).get("images_per_document", 1)
+
+
+def label_noun(document: Mapping[str, Any]) -> str:
+    """What labels are the numbers of: "class", or "prompt"."""
+    return "prompt" if _prompt(document) else "class"
+
+
+def _prompt(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    return document["recipe"].get("request", {}).get("prompt", {})
+
+
 def is_finished(document: Mapping[str, Any]) -> bool:
     """Whether the images it describes are all there."""
     return "images_sha256" in document["results"]

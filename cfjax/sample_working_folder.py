@@ -32,8 +32,10 @@ from cfjax.sample_places import (
 from cfjax.sample_recipe import (
     PROGRAM,
     difference,
+    images_per_document,
     is_finished,
     json_of,
+    label_noun,
     read_document,
     write_document,
 )
@@ -160,7 +162,9 @@ class WorkingFolder:
             write_npz_stream(self._product, batches, self._image_shape, labels)
         elif self._kind == ".png":
             images = np.concatenate([images for images, _ in self.done()])
-            columns = min(_GRID_COLUMNS, self._num_samples)
+            columns = images_per_document(self._asked)  # a row a document
+            if columns == 1:
+                columns = min(_GRID_COLUMNS, self._num_samples)
             write_png(self._product, image_grid(images, num_columns=columns))
         else:
             self._write_set(document, labels)
@@ -190,12 +194,12 @@ class WorkingFolder:
         writer.finish()
 
     def _records(self) -> Iterator[bytes]:
-        start = 0
+        start, noun = 0, label_noun(self._asked)
         with ThreadPool() as pool:
             for images, labels in self.done():
                 encoded = pool.map(encode_png, images)
                 for i, (label, png) in enumerate(zip(labels.tolist(), encoded, strict=True), start):
-                    yield pack(label, image_name(i, label), png)
+                    yield pack(label, image_name(i, label, noun), png)
                 start += len(images)
 
     def _check_set_is_ours(self) -> None:
