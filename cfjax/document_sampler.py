@@ -221,7 +221,7 @@ class DocumentSampler(Sampler):
             tokens = unpatchify(jnp.asarray(known.tokens), size, grid)
             yield to_uint8(self.to_images(np.asarray(tokens)))[:, None]
             return
-        at_once = self._documents_at_once()
+        at_once = self.documents_at_once
         groups = (first_index + np.arange(len(documents))) // at_once
         waiting, num_waiting = [], 0
         for group in np.unique(groups):
@@ -312,7 +312,7 @@ class DocumentSampler(Sampler):
 
         A document's place depends on its index alone, as sums of other rows are rounded otherwise.
         """
-        at_once, indices = self._documents_at_once(), first_index + rows
+        at_once, indices = self.documents_at_once, first_index + rows
         for group in np.unique(indices // at_once):
             members = rows[indices // at_once == group]
             places, is_own = np.full(at_once, members[0]), np.zeros(at_once, bool)
@@ -320,7 +320,9 @@ class DocumentSampler(Sampler):
             is_own[(first_index + members) % at_once] = True
             yield places, is_own
 
-    def _documents_at_once(self) -> int:
+    @property
+    def documents_at_once(self) -> int:
+        """How many are made together, on all devices."""
         return self.config.sampling.images_per_device * sharding.num_batch_shards(self.mesh)
 
     def check_document(self, prompt: Document) -> None:

@@ -85,8 +85,12 @@ def read_recipe(path: str | PathLike) -> dict[str, Any]:
     return document
 
 
-def read_document(path: Path) -> dict[str, Any] | None:
+def read_document(path: Path, program: str = PROGRAM) -> dict[str, Any] | None:
     """The JSON of a run, finished or not; None if there is no such file.
+
+    Args:
+      path: of the JSON.
+      program: which wrote it, for the error.
 
     Raises:
       UserError: it is something else.
@@ -101,7 +105,7 @@ def read_document(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise UserError(f"{path} is not of {PROGRAM}, or damaged; move it away or name another --out.")
+    raise UserError(f"{path} is not of {program}, or damaged; move it away or name another --out.")
 
 
 def write_document(path: Path, document: Mapping[str, Any]) -> None:

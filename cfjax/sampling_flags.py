@@ -24,20 +24,9 @@ def define_sampling_flags(
     checkpoint_is_required: bool = True, one_number_of_ar_steps: bool = True
 ) -> None:
     """Defines the flags that `load_sampler` and `sampling_overrides` read, and `--seed`."""
-    flags.DEFINE_string(
-        "checkpoint",
-        None,
-        "A run's workdir, or one checkpoint.",
-        required=checkpoint_is_required,
-    )
-    flags.DEFINE_integer("train_step", None, "Which checkpoint; the latest by default.")
-    flags.DEFINE_string("autoencoder", None, "Folder; by default that of the checkpoint's config.")
+    define_model_flags(checkpoint_is_required)
     flags.DEFINE_string(
         "guide", None, "A checkpoint of a weaker model that guides instead of the null class."
-    )
-    flags.DEFINE_string("dtype", None, "Of the weights: bfloat16 or float32.")
-    flags.DEFINE_integer(
-        "images_per_device", None, "Made at a time; others round otherwise.", lower_bound=1
     )
     flags.DEFINE_integer("seed", 0, "Of the noise and the token orders.")
     if one_number_of_ar_steps:
@@ -66,6 +55,22 @@ def define_sampling_flags(
     flags.DEFINE_float("guidance_power", None, "scale - 1 falls by (1 - t / T)^power.")
 
 
+def define_model_flags(checkpoint_is_required: bool = True) -> None:
+    """Defines the flags that `load_sampler` reads, but for `--guide`."""
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "A run's workdir, or one checkpoint.",
+        required=checkpoint_is_required,
+    )
+    flags.DEFINE_integer("train_step", None, "Which checkpoint; the latest by default.")
+    flags.DEFINE_string("autoencoder", None, "Folder; by default that of the checkpoint's config.")
+    flags.DEFINE_string("dtype", None, "Of the weights: bfloat16 or float32.")
+    flags.DEFINE_integer(
+        "images_per_device", None, "Made at a time; others round otherwise.", lower_bound=1
+    )
+
+
 def define_device_flags() -> None:
     """Defines the flags of the mesh and of several processes, and `--batch_size`."""
     flags.DEFINE_integer("batch_size", 256, "Images that are fetched at a time.", lower_bound=1)
@@ -88,7 +93,7 @@ def load_sampler(weights: str = "ema") -> Sampler:
         values["train_step"],
         mesh_from_flags(),
         values["autoencoder"],
-        values["guide"],
+        values.get("guide"),
         weights,
         **load_overrides(),
     )

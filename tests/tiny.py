@@ -108,9 +108,12 @@ def trained(workdir):
     return train(config(), workdir)
 
 
-def save_random_checkpoint(workdir, seed=0, **overrides):
-    """A checkpoint whose parameters are random, so that every part of the model matters."""
-    of_run = config(**overrides)
+def save_random_checkpoint(workdir, seed=0, of_run=None, **overrides):
+    """A checkpoint whose parameters are random, so that every part of the model matters.
+
+    Of the config `of_run`, or of the tiny one with overrides.
+    """
+    of_run = of_run or config(**overrides)
     optimizer = make_optimizer(build.optimizer_settings(of_run))
     init = build.init_params(build.model(of_run))
 
