@@ -159,7 +159,6 @@ def test_captions_with_scores(scenes_run, model, images, pictures, tmp_path):
     assert out.read_bytes() != whole
 
 
-@pytest.mark.long
 def test_captions_by_beams_of_an_array_and_of_one_picture(
     scenes_run, model, images, pictures, tmp_path
 ):

@@ -1,0 +1,313 @@
+"""Generation in documents: against model calls by hand, independence, rolling caches, refusals."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_documents
+
+from cfjax import build, document_sampling, sampling, sharding
+from cfjax.data.images import to_uint8
+from cfjax.document_sampler import DocumentSampler, _Options, _Stream, as_documents
+from cfjax.documents import ClassSegment, ImageSegment, TextSegment
+from cfjax.errors import UserError
+from cfjax.models.patches import unpatchify
+from cfjax.rng import per_example_keys, stream_key
+from cfjax.sampler import Sampler
+
+SIZE = (16, 16, 3)
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, *SIZE)).astype(np.uint8)
+PROMPTS = [
+    ["a red three"],
+    [IMAGES[0]],
+    ["five", IMAGES[1]],
+    [],
+    ["a blue seven left of a green one"],
+    [IMAGES[2], "that is", IMAGES[3]],
+    [IMAGES[4]],
+    ["a"],
+]
+
+
+@functools.cache
+def sampler(num_devices=1, **overrides):
+    """Two documents a device at a time; parameters are random."""
+    config = tiny_documents.config(**{"sampling__images_per_device": 2} | overrides)
+    model = build.sampling_model(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.tree.map(lambda x: jax.device_put(x, replicated), tiny.random_params(model))
+    return DocumentSampler(config, model, params, mesh)
+
+
+@pytest.fixture
+def token_ids(monkeypatch):
+    """Texts come as lists of ids: not all are the bytes of a text."""
+    monkeypatch.setattr(
+        _Stream,
+        "_decoded",
+        lambda self, tokens: [row[row != document_sampling.NO_TOKEN].tolist() for row in tokens],
+    )
+
+
+def applied(method, *args):
+    of = sampler()
+    return of.model.apply({"params": of.params}, *args, method=method)
+
+
+def cache_after(*parts):
+    """The cache of one document by hand, of ids and images, and the logits after the last ids."""
+    of = sampler()
+    cache, logits = applied("empty_document_cache", 1, 200), None
+    for part in parts:
+        if isinstance(part, list):
+            ids = jnp.array([part], jnp.int32)
+            cache, logits = applied("push_text", cache, ids, jnp.ones(ids.shape, bool))
+            continue
+        tokens = jnp.asarray(of.to_tokens(part[None]))
+        embedded = applied("clean_image_tokens", tokens, jnp.arange(4)[None])
+        cache = applied("extend", cache, embedded).after_segment(1)
+    return cache, logits
+
+
+END, BEGIN_IMAGE, END_IMAGE = 256, 257, 258
+BY_HAND = [
+    (["red"], [[END, *b"red", BEGIN_IMAGE]]),
+    ([], [[END, BEGIN_IMAGE]]),
+    ([IMAGES[0]], [[END, BEGIN_IMAGE], IMAGES[0], [END_IMAGE, BEGIN_IMAGE]]),
+    (["a", IMAGES[0]], [[END, *b"a", BEGIN_IMAGE], IMAGES[0], [END_IMAGE, BEGIN_IMAGE]]),
+    ([IMAGES[0], "a"], [[END, BEGIN_IMAGE], IMAGES[0], [END_IMAGE, *b"a", BEGIN_IMAGE]]),
+]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize(("prompt", "by_hand"), BY_HAND)
+def test_an_image_is_the_guided_prediction_by_hand(prompt, by_hand, scale):
+    """After one denoising step it is the predicted x_0; what guides has the empty prompt."""
+    of, index = sampler(), 3
+    overrides = {"denoising_steps": 1, "clip_x_start": False, "guidance_scale": scale}
+    settings = of.settings(overrides)
+    keys = per_example_keys(stream_key(5, "sample"), jnp.array([index], jnp.uint32))
+    order, noise, _ = sampling.draw_noise(of.model, settings, keys)
+    t = jnp.asarray(settings.schedules[0].timestep_map)
+
+    def predicted(cache):
+        x_t = jnp.take_along_axis(noise, order[..., None], axis=1)
+        prediction = applied("denoise", cache, x_t, t, order)
+        return np.take_along_axis(prediction, np.argsort(order, axis=1)[..., None], axis=1)
+
+    stronger, weaker = (predicted(cache_after(*it)[0]) for it in (by_hand, BY_HAND[1][1]))
+    tokens = weaker + scale * (stronger - weaker)
+    expected = to_uint8(np.asarray(unpatchify(tokens, 8, of.model.grid)))
+    found = of.generate(prompt=prompt, seed=5, first_index=index, **overrides)
+    # Sums in another order move a pixel over the edge between two grey levels, seldom.
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.02
+    assert ((found > 0) & (found < 255)).mean() > 0.3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "by_hand"),
+    [
+        (["red"], [[END, *b"red"]]),
+        ([IMAGES[0]], [[END, BEGIN_IMAGE], IMAGES[0], [END_IMAGE]]),
+        (["a", IMAGES[1]], [[END, *b"a", BEGIN_IMAGE], IMAGES[1], [END_IMAGE]]),
+        ([], [[END]]),
+    ],
+)
+def test_greedy_text_is_the_most_probable_by_hand(token_ids, prompt, by_hand):
+    """All logits of the finished text at once; it ends before a token of our own, or when it is full."""
+    (ids,) = sampler().generate(prompt=prompt, what="text", max_length=20)
+    *before, last = by_hand
+    ids_padded = (ids + [0] * 20)[:20]  # one shape
+    _, logits = cache_after(*before, last + ids_padded)
+    logits = np.array(logits[0, len(last) - 1 :])
+    logits[:, END_IMAGE] = -np.inf
+    chosen = logits.argmax(-1).tolist()
+    assert chosen[: len(ids)] == ids and max(ids, default=0) < END
+    assert len(ids) == 20 or chosen[len(ids)] in (END, BEGIN_IMAGE)
+
+
+def test_texts_end_before_tokens_of_ours_and_not_all_at_once(token_ids):
+    """Of many drawn ones; each is at most max_length long."""
+    prompts = [[it] for it in np.repeat(IMAGES, 3, axis=0)]
+    texts = sampler().generate(prompt=prompts, what="text", max_length=30, temperature=3.0, seed=1)
+    lengths = {len(ids) for ids in texts}
+    assert len(lengths) > 3 and max(lengths) == 30
+    assert max(max(ids, default=0) for ids in texts) < END
+    short = sampler().generate(prompt=prompts, what="text", max_length=7, temperature=3.0, seed=1)
+    assert short == [ids[:7] for ids in texts]
+
+
+def test_a_document_depends_on_its_index_and_prompt_alone():
+    """To the byte, in another batch, alone, and on two devices; another group rounds otherwise."""
+    of = sampler()
+    images = of.generate(prompt=PROMPTS, seed=2, first_index=1)
+    texts = of.generate(prompt=PROMPTS, what="text", temperature=1.0, seed=2, max_length=20)
+    for index in (0, 2, 5):
+        alone = of.generate(prompt=PROMPTS[index], seed=2, first_index=1 + index)
+        np.testing.assert_array_equal(alone[0], images[index])
+    for begin, end in ((1, 4), (4, 8)):
+        options = {"what": "text", "temperature": 1.0, "seed": 2, "max_length": 20}
+        assert (
+            of.generate(prompt=PROMPTS[begin:end], first_index=begin, **options)
+            == (texts[begin:end])
+        )
+    batches = list(
+        of.stream_documents(
+            as_documents(PROMPTS), of.settings({}), seed=2, first_index=1, batch_size=3
+        )
+    )
+    assert [len(it) for it in batches] == [3, 4, 1]
+    np.testing.assert_array_equal(np.concatenate(batches)[:, 0], images)
+    assert (of.generate(prompt=PROMPTS[:1], seed=2) != images[:1]).any()
+    assert (of.generate(prompt=["a red four"], seed=2, first_index=1) != images[:1]).any()
+
+
+@pytest.mark.slow
+def test_devices_and_images_per_device():
+    images = sampler().generate(prompt=PROMPTS, seed=2, n=2)
+    np.testing.assert_array_equal(sampler(2).generate(prompt=PROMPTS, seed=2, n=2), images)
+    other = sampler(sampling__images_per_device=3).generate(prompt=PROMPTS, seed=2, n=2)
+    difference = np.abs(other.astype(int) - images)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+def total_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_a_document_ten_times_the_cache(monkeypatch):
+    """One compilation a program, constant memory, and its beginning is that of a shorter document."""
+    of, held = sampler(), []
+    capacities = []
+    begin = document_sampling.begin
+    monkeypatch.setattr(
+        document_sampling, "begin", lambda *args: capacities.append(args[-1]) or begin(*args)
+    )
+    generate = _Stream.generate
+    monkeypatch.setattr(
+        _Stream,
+        "generate",
+        lambda self, *args: held.append(total_bytes()) or generate(self, *args),
+    )
+    programs = (document_sampling.push_text, document_sampling.generate_image)
+    options = {"prompt": [IMAGES[0]], "context_tokens": 1, "num_ar_steps": 2}
+    options |= {"denoising_steps": 2}
+    short = of.generate(**options, n=4)
+    sizes = [program._cache_size() for program in programs]
+    capacity = capacities[-1]
+    n = -(-10 * capacity // 6)  # of 4 tokens, and the two that announce it
+    whole = of.generate(**options, n=n)
+    assert [program._cache_size() for program in programs] == sizes
+    assert set(capacities) == {capacity} and whole.shape == (1, n, *SIZE)
+    np.testing.assert_array_equal(whole[:, :4], short)
+    assert len({image.tobytes() for image in whole[0]}) == n
+    assert len(set(held[-n + 2 :])) == 1
+
+
+def test_a_class_in_a_prompt():
+    """Of a model of both, and against the model of images alone, which has no text before."""
+    of = sampler(data__num_classes=3)
+    options = {"seed": 4, "denoising_steps": 2, "guidance_scale": 1.5}
+    images = of.generate(prompt=[[2], [0]], **options)
+    alone = Sampler(of.config, of.model, of.params, of.mesh).generate([2, 0], **options)
+    np.testing.assert_array_equal(of.generate([2, 0], **options), alone)
+    assert np.abs(images.astype(int) - alone).max() <= 1
+    after_image = of.generate(prompt=[[IMAGES[0], 2]], **options)
+    assert (after_image != of.generate(prompt=[[IMAGES[0], 1]], **options)).any()
+    assert (after_image != images[:1]).any()
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_image_after_a_text_that_is_generated(token_ids, num_beams):
+    """It follows that text, and does not depend on how long those of other documents are."""
+    of = sampler()
+    settings = of.settings({"denoising_steps": 2})
+    text = of.text_sampling({"num_beams": num_beams, "max_length": 20})
+    prompts = as_documents([["red"], ["a seven"]])
+    follow = [("text", "image")] * 2
+    both = of.continue_documents(prompts, follow, settings, text, seed=1)
+    for index in range(2):
+        (alone,) = of.continue_documents(
+            prompts[index : index + 1], follow[:1], settings, text, 1, index
+        )
+        assert alone[0] == both[index][0]
+        np.testing.assert_array_equal(alone[1], both[index][1])
+
+    with sharding.activate(of.mesh):
+        stream = _Stream(of, prompts, np.arange(2), _Options(settings, text, 1, 0))
+        stream.push([prompt[0] for prompt in prompts])
+        ids, is_real = np.zeros((2, 20), np.int32), np.zeros((2, 20), bool)
+        for row, (written, _) in enumerate(both):
+            ids[row, : len(written)], is_real[row, : len(written)] = written, True
+        stream._push_ids(ids, is_real)
+        stream._num_generated = 1
+        expected = stream.generate("image", None, True)
+    found = np.stack([image for _, image in both])
+    assert np.abs(found.astype(int) - expected).max() <= 1  # other shapes round otherwise
+
+
+def test_edits_keep_and_heed_captions():
+    of = sampler()
+    captions = ["a red three", "", "a blue seven"]
+    edited = of.edit(IMAGES[:3], captions, keep="left", num_ar_steps=2, seed=3)
+    np.testing.assert_array_equal(edited[:, :, :8], IMAGES[:3, :, :8])
+    assert (edited[:, :, 8:] != IMAGES[:3, :, 8:]).any(axis=(1, 2, 3)).all()
+    other = of.edit(IMAGES[:3], ["b", "", "c"], keep="left", num_ar_steps=2, seed=3)
+    assert (edited != other).any(axis=(1, 2, 3)).tolist() == [True, False, True]
+    last = of.edit(IMAGES[2:3], captions[2:], "left", num_ar_steps=2, seed=3, first_index=2)
+    np.testing.assert_array_equal(last, edited[2:])
+    everything = np.ones(SIZE[:2], bool)
+    np.testing.assert_array_equal(of.edit(IMAGES[:3], captions, everything), IMAGES[:3])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "there is nothing to generate from"),
+        ({"prompt": "a", "labels": [0]}, "both labels and a prompt"),
+        ({"labels": [0]}, "the model has no classes"),
+        ({"prompt": "a" * 65}, "has 65 tokens, but text.max_length is 64"),
+        ({"prompt": [IMAGES[0, :8]]}, "is uint8 [8, 16, 3], but must be uint8 [16, 16, 3]"),
+        ({"prompt": [IMAGES[0] / 255.0]}, "is float64 [16, 16, 3]"),
+        ({"prompt": [0]}, "the model has no classes"),
+        ({"prompt": [None]}, "a part of the prompt is NoneType"),
+        ({"prompt": "a", "n": 0}, "n is 0, but must be at least 1"),
+        ({"prompt": "a", "n": 2, "what": "text"}, "n is 2"),
+        ({"prompt": "a", "what": "sound"}, "unknown what 'sound'"),
+        ({"prompt": "a", "what": "text", "max_length": 65}, "max_length is 65, but the model"),
+        ({"prompt": "a", "what": "text", "solver": "ddim"}, "unknown text option 'solver'"),
+        ({"prompt": "a", "top_k": 3}, "unknown sampling option 'top_k'"),
+    ],
+)
+def test_bad_input_is_refused(options, words):
+    with pytest.raises(UserError) as error:
+        sampler().generate(**options)
+    assert words in str(error.value)
+
+
+def test_other_refusals():
+    with pytest.raises(UserError, match="there is no image"):
+        sampler().caption(IMAGES[:0])
+    with pytest.raises(UserError, match="there are 1 captions for 2 images"):
+        sampler().edit(IMAGES[:2], ["a"], "top")
+    of = sampler(data__num_classes=3)
+    with pytest.raises(UserError, match="class 1 in the prompt has no image after it"):
+        of.generate(prompt=[1, "a"])
+    with pytest.raises(UserError, match="class 4 is out of range"):
+        of.generate(prompt=[4])
+
+
+def test_prompts_as_documents():
+    segments = (TextSegment("a"), ImageSegment(IMAGES[0]), ClassSegment(2))
+    assert as_documents("a") == [segments[:1]] == as_documents(["a"]) == as_documents([["a"]])
+    assert as_documents([]) == as_documents("") == as_documents([""]) == [()]
+    assert as_documents([["a", ""], [], 2]) == [segments[:1], (), segments[2:]]
+    ((text, image, label),) = as_documents(["a", IMAGES[0], np.int64(2)])
+    assert (text, label) == (segments[0], segments[2])
+    assert dataclasses.asdict(image)["pixels"] is not None and image.pixels is IMAGES[0]
