@@ -1,6 +1,5 @@
 """Generation in documents: against model calls by hand, independence, rolling caches, refusals."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,7 +11,8 @@ import tiny_documents
 
 from cfjax import build, document_sampling, sampling, sharding
 from cfjax.data.images import to_uint8
-from cfjax.document_sampler import DocumentSampler, _Options, _Stream, as_documents
+from cfjax.document_sampler import DocumentSampler, as_documents
+from cfjax.document_stream import DocumentStream, StreamOptions
 from cfjax.documents import ClassSegment, ImageSegment, TextSegment
 from cfjax.errors import UserError
 from cfjax.models.patches import unpatchify
@@ -48,7 +48,7 @@ def sampler(num_devices=1, **overrides):
 def token_ids(monkeypatch):
     """Texts come as lists of ids: not all are the bytes of a text."""
     monkeypatch.setattr(
-        _Stream,
+        DocumentStream,
         "_decoded",
         lambda self, tokens: [row[row != document_sampling.NO_TOKEN].tolist() for row in tokens],
     )
@@ -189,9 +189,9 @@ def test_a_document_ten_times_the_cache(monkeypatch):
     monkeypatch.setattr(
         document_sampling, "begin", lambda *args: capacities.append(args[-1]) or begin(*args)
     )
-    generate = _Stream.generate
+    generate = DocumentStream.generate
     monkeypatch.setattr(
-        _Stream,
+        DocumentStream,
         "generate",
         lambda self, *args: held.append(total_bytes()) or generate(self, *args),
     )
@@ -240,7 +240,7 @@ def test_an_image_after_a_text_that_is_generated(token_ids, num_beams):
         np.testing.assert_array_equal(alone[1], both[index][1])
 
     with sharding.activate(of.mesh):
-        stream = _Stream(of, prompts, np.arange(2), _Options(settings, text, 1, 0))
+        stream = DocumentStream(of, prompts, np.arange(2), StreamOptions(settings, text, 1, 0))
         stream.push([prompt[0] for prompt in prompts])
         ids, is_real = np.zeros((2, 20), np.int32), np.zeros((2, 20), bool)
         for row, (written, _) in enumerate(both):
@@ -310,4 +310,5 @@ def test_prompts_as_documents():
     assert as_documents([["a", ""], [], 2]) == [segments[:1], (), segments[2:]]
     ((text, image, label),) = as_documents(["a", IMAGES[0], np.int64(2)])
     assert (text, label) == (segments[0], segments[2])
-    assert dataclasses.asdict(image)["pixels"] is not None and image.pixels is IMAGES[0]
+    np.testing.assert_array_equal(image.pixels, IMAGES[0])
+    assert as_documents(np.int64(2)) == as_documents([2]) == [segments[2:]]

@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).parent.parent
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
 PROGRAMS = [
-    *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
+    *("train", "train_loop", "train_progress", "train_pictures"),
+    *("train_autoencoder", "autoencoder_results"),
     *("sample", "edit", "draw", "prepare_images", "prepare_captions"),
     *("evaluate", "evaluation_inputs", "evaluation_rows", "evaluation_sweep"),
     *("reference_stats", "train_evaluation"),
@@ -71,7 +72,7 @@ ROOMS = {
         ],
     ),
     "sampler": (
-        ["sampler", "document_sampler", "model_loading"],
+        ["sampler", "document_sampler", "document_stream", "model_loading"],
         [
             *(GROUND, "models", "sampling", "storage", "data", "config", "build"),
             "autoencoder files",
