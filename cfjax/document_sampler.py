@@ -355,7 +355,7 @@ class DocumentSampler(Sampler):
         known: sampling.Known | None,
     ) -> list[list[np.ndarray | str]]:
         with sharding.activate(self.mesh):
-            stream = DocumentStream(self, prompts, indices, options)
+            stream = DocumentStream(self, prompts, kinds, indices, options)
             for place in range(len(prompts[0])):
                 stream.push([prompt[place] for prompt in prompts])
             last = len(kinds) - 1

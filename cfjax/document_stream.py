@@ -32,7 +32,7 @@ class StreamOptions:
 class DocumentStream:
     """A batch of documents of one structure as they grow; all arrays have a row a document."""
 
-    def __init__(self, sampler, prompts, indices, options):
+    def __init__(self, sampler, prompts, kinds, indices, options):
         self._sampler, self._options = sampler, options
         self._batch = len(prompts)
         self._vocabulary = sampler.vocabulary
@@ -49,10 +49,10 @@ class DocumentStream:
         self._num_generated = 0
         self._before: type | str | None = None  # kind of the last segment
         self._state = document_sampling.begin(
-            *self._networks, self._batch, self._copies, self._capacity(prompts[0])
+            *self._networks, self._batch, self._copies, self._capacity(prompts[0], kinds)
         )
 
-    def _capacity(self, prompt: Document) -> int:
+    def _capacity(self, prompt: Document, kinds: Sequence[str]) -> int:
         """Slots of the cache: what the prompt takes, and besides as many as the user wants."""
         config, num_tokens = self._sampler.config.text, self._sampler.model.num_tokens
         wanted = self._options.context_tokens or (
@@ -61,9 +61,10 @@ class DocumentStream:
         # An image's own tokens must not overwrite each other, nor what announces it, where an AR step
         # that no longer fits before the end of the ring begins anew.
         least = 2 * num_tokens + self._sampler.model.condition_length + 4
-        # Texts of prompts are padded; the pads are no context.
+        # Texts are padded where something may follow; the pads are no context.
         num_texts = sum(isinstance(part, TextSegment) for part in prompt)
-        return max(wanted, least) + num_texts * (self._max_text_length + 1)
+        num_texts += kinds[:-1].count("text")
+        return max(wanted, least) + num_texts * (self._max_text_length + _TOKENS_AT_ONCE)
 
     def _put(self, rows: np.ndarray) -> jax.Array:
         return self._sampler._on_mesh(np.ascontiguousarray(rows))

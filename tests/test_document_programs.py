@@ -152,6 +152,9 @@ def test_captions_with_scores(scenes_run, model, images, pictures, tmp_path):
     run_in_process(caption, arguments)
     assert out.read_bytes() == whole
     assert (tmp_path / "made" / "captions.jsonl.json").read_bytes() == recipe
+    out.write_bytes(whole.replace(b'"1.png"', b'"5.png"'))  # as no run leaves it
+    run_in_process(caption, arguments)
+    assert out.read_bytes() == whole
     with pytest.raises(UserError, match=r"holds another run, with seed 2, not 3.*--overwrite"):
         run_in_process(caption, [*arguments, "--seed=3"])
     assert out.read_bytes() == whole

@@ -177,31 +177,48 @@ def test_devices_and_images_per_device():
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
+def test_places_in_a_batch_are_those_of_the_index():
+    of = sampler(2)
+    groups = [(it.tolist(), own.tolist()) for it, own in of._groups(np.array([0, 2, 3]), 3)]
+    assert groups == [
+        ([0, 0, 0, 0], [False, False, False, True]),
+        ([2, 2, 3, 2], [False, True, True, False]),
+    ]
+
+
 def total_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
 
 
 def test_a_document_ten_times_the_cache(monkeypatch):
-    """One compilation a program, constant memory, and its beginning is that of a shorter document."""
-    of, held = sampler(), []
+    """One compilation a program, constant memory, and its beginning is that of a shorter document.
+
+    No image loses tokens of its own where an AR step begins the ring anew.
+    """
+    of, held = sampler(model__patch_size=4), []
     capacities = []
     begin = document_sampling.begin
     monkeypatch.setattr(
         document_sampling, "begin", lambda *args: capacities.append(args[-1]) or begin(*args)
     )
     generate = DocumentStream.generate
-    monkeypatch.setattr(
-        DocumentStream,
-        "generate",
-        lambda self, *args: held.append(total_bytes()) or generate(self, *args),
-    )
+
+    def checked(self, *args):
+        held.append(total_bytes())
+        image = generate(self, *args)
+        cache = self._state.caches.main
+        is_own = cache.is_filled & (cache.segment_of_slot == cache.segment - 1)[None]
+        assert is_own.sum(1).tolist() == [16] * len(is_own)
+        return image
+
+    monkeypatch.setattr(DocumentStream, "generate", checked)
     programs = (document_sampling.push_text, document_sampling.generate_image)
-    options = {"prompt": [IMAGES[0]], "context_tokens": 1, "num_ar_steps": 2}
-    options |= {"denoising_steps": 2}
+    options = {"prompt": [IMAGES[0]], "context_tokens": 1, "split_sizes": (1, 15)}
+    options |= {"denoising_steps": 1}
     short = of.generate(**options, n=4)
     sizes = [program._cache_size() for program in programs]
     capacity = capacities[-1]
-    n = -(-10 * capacity // 6)  # of 4 tokens, and the two that announce it
+    n = -(-10 * capacity // 18)  # of 16 tokens, and the two that announce it
     whole = of.generate(**options, n=n)
     assert [program._cache_size() for program in programs] == sizes
     assert set(capacities) == {capacity} and whole.shape == (1, n, *SIZE)
@@ -228,7 +245,8 @@ def test_an_image_after_a_text_that_is_generated(token_ids, num_beams):
     """It follows that text, and does not depend on how long those of other documents are."""
     of = sampler()
     settings = of.settings({"denoising_steps": 2})
-    text = of.text_sampling({"num_beams": num_beams, "max_length": 20})
+    drawn = {"temperature": 2.0} if num_beams == 1 else {}
+    text = of.text_sampling({"num_beams": num_beams, "max_length": 40} | drawn)
     prompts = as_documents([["red"], ["a seven"]])
     follow = [("text", "image")] * 2
     both = of.continue_documents(prompts, follow, settings, text, seed=1)
@@ -240,9 +258,11 @@ def test_an_image_after_a_text_that_is_generated(token_ids, num_beams):
         np.testing.assert_array_equal(alone[1], both[index][1])
 
     with sharding.activate(of.mesh):
-        stream = DocumentStream(of, prompts, np.arange(2), StreamOptions(settings, text, 1, 0))
+        stream = DocumentStream(
+            of, prompts, follow[0], np.arange(2), StreamOptions(settings, text, 1, 0)
+        )
         stream.push([prompt[0] for prompt in prompts])
-        ids, is_real = np.zeros((2, 20), np.int32), np.zeros((2, 20), bool)
+        ids, is_real = np.zeros((2, 40), np.int32), np.zeros((2, 40), bool)
         for row, (written, _) in enumerate(both):
             ids[row, : len(written)], is_real[row, : len(written)] = written, True
         stream._push_ids(ids, is_real)
@@ -250,6 +270,25 @@ def test_an_image_after_a_text_that_is_generated(token_ids, num_beams):
         expected = stream.generate("image", None, True)
     found = np.stack([image for _, image in both])
     assert np.abs(found.astype(int) - expected).max() <= 1  # other shapes round otherwise
+
+
+def test_a_long_sequence_after_a_text_that_is_generated(token_ids):
+    """What is forgotten does not depend on how long the texts of other documents are."""
+    of = sampler()
+    settings = of.settings({"denoising_steps": 1, "guidance_scale": 1.0})
+    text = of.text_sampling({"temperature": 2.0, "max_length": 64})
+    prompts = as_documents([[it] for it in IMAGES])
+    follow = [("text", *["image"] * 24)] * len(prompts)
+    options = (settings, text, 3)
+    made = of.continue_documents(prompts, follow, *options, context_tokens=1)
+    lengths = [len(parts[0]) for parts in made]
+    index = int(np.argmin(lengths))
+    assert lengths[index] <= 16 < lengths[index ^ 1]  # they are made together
+    (alone,) = of.continue_documents(
+        prompts[index : index + 1], follow[:1], *options, index, context_tokens=1
+    )
+    assert alone[0] == made[index][0]
+    np.testing.assert_array_equal(np.stack(alone[1:]), np.stack(made[index][1:]))
 
 
 def test_edits_keep_and_heed_captions():
