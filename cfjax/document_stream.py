@@ -58,8 +58,8 @@ class DocumentStream:
         wanted = self._options.context_tokens or (
             config.tokens_per_row + config.images_per_row * num_tokens
         )
-        # An image's own tokens must not overwrite each other, nor what announces it, where an AR step
-        # that no longer fits before the end of the ring begins anew.
+        # An image must overwrite neither its own tokens nor the class that announces it, also where an
+        # AR step that no longer fits before the end of the ring begins it anew.
         least = 2 * num_tokens + self._sampler.model.condition_length + 4
         # Texts are padded where something may follow; the pads are no context.
         num_texts = sum(isinstance(part, TextSegment) for part in prompt)

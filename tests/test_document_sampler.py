@@ -229,12 +229,14 @@ def test_a_document_ten_times_the_cache(monkeypatch):
 
 def test_a_class_in_a_prompt():
     """Of a model of both, and against the model of images alone, which has no text before."""
-    of = sampler(data__num_classes=3)
-    options = {"seed": 4, "denoising_steps": 2, "guidance_scale": 1.5}
+    of = sampler(data__num_classes=3, model__num_condition_tokens=6)
+    options = {"seed": 4, "denoising_steps": 2, "guidance_scale": 1.5, "num_ar_steps": 4}
     images = of.generate(prompt=[[2], [0]], **options)
     alone = Sampler(of.config, of.model, of.params, of.mesh).generate([2, 0], **options)
     np.testing.assert_array_equal(of.generate([2, 0], **options), alone)
     assert np.abs(images.astype(int) - alone).max() <= 1
+    narrow = of.generate(prompt=[[2], [0]], context_tokens=1, **options)  # the class is remembered
+    assert np.abs(narrow.astype(int) - images).max() <= 1
     after_image = of.generate(prompt=[[IMAGES[0], 2]], **options)
     assert (after_image != of.generate(prompt=[[IMAGES[0], 1]], **options)).any()
     assert (after_image != images[:1]).any()
