@@ -172,6 +172,31 @@ def save_curves(
     _save(figure, path)
 
 
+def save_accuracy_by_position(
+    path: str | PathLike, curves: Mapping[str, Sequence[float]], first: int, trained_length: int
+) -> None:
+    """Shares of right images of continued sequences; a line marks how long the trained ones were.
+
+    Args:
+      path: of the PNG.
+      curves: by name, the share in 0...1 of each position; the first curve is drawn boldly.
+      first: position of the first share, from 1.
+      trained_length: images of a sequence in training.
+    """
+    figure, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for number, (name, shares) in enumerate(curves.items()):
+        width = 1.0 if number else 2.5
+        positions = range(first, first + len(shares))
+        ax.plot(positions, 100 * np.asarray(shares), label=name, linewidth=width, zorder=-number)
+    ax.axvline(trained_length + 0.5, color="gray", linestyle="--", label="trained so far")
+    ax.set_ylim(-2, 102)
+    ax.set_xlabel("image of the sequence", fontsize=9)
+    ax.set_ylabel("right class, %", fontsize=9)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
+    _save(figure, path)
+
+
 def save_factorization_plane(
     path: str | PathLike,
     frames: np.ndarray,

@@ -108,9 +108,9 @@ def trained(workdir):
     return train(config(), workdir)
 
 
-def save_random_checkpoint(workdir, seed=0, **overrides):
+def save_random_checkpoint(workdir, seed=0, of_run=None, **overrides):
     """A checkpoint whose parameters are random, so that every part of the model matters."""
-    of_run = config(**overrides)
+    of_run = config(**overrides) if of_run is None else of_run
     optimizer = make_optimizer(build.optimizer_settings(of_run))
     init = build.init_params(build.model(of_run))
 
