@@ -23,6 +23,7 @@ from cfjax.evaluation.sequence_scores import (
     score_progressions,
     score_transforms,
 )
+from cfjax.evaluation_captions import pairs_of_images
 from cfjax.generated_documents import Generator
 from cfjax.visualization import save_accuracy_by_position
 
@@ -268,19 +269,6 @@ def of_captions(
         [Section("images to captions", _caption_numbers(texts, references))],
         judge="all captions of each image, as words by the rules of COCO's captioning evaluation",
     )
-
-
-def pairs_of_images(source: CaptionedRecords | ScenesSource) -> list[np.ndarray]:
-    """The pairs of each image of a captioned set, in order."""
-    ids = source.image_ids if hasattr(source, "image_ids") else np.arange(len(source))
-    return np.split(np.arange(len(ids)), np.flatnonzero(np.diff(ids)) + 1)
-
-
-def one_caption_an_image(source: CaptionedRecords | ScenesSource) -> np.ndarray:
-    """All pairs: the first of each image, then the second of each that has two, and so on."""
-    pairs = pairs_of_images(source)
-    number = np.concatenate([np.arange(len(of_image)) for of_image in pairs])
-    return np.argsort(number, kind="stable")
 
 
 def _numbers(score: Callable[[np.ndarray], Scored], count: int) -> dict[str, Number]:

@@ -174,7 +174,10 @@ class Generator:
     def _blocks(self, name, key, make, suffix, count):
         """Blocks of documents, from files or made; another key has another folder."""
         text = json.dumps(key, sort_keys=True, default=str)
-        folder = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        folder = (
+            self.folder
+            / f"{name.replace(' ', '_')}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        )
         is_first = jax.process_index() == 0
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)

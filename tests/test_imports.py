@@ -15,7 +15,7 @@ PROGRAMS = [
     *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
     *("sample", "edit", "draw", "prepare_images", "prepare_captions"),
     *("evaluate", "evaluation_inputs", "evaluation_rows", "evaluation_sweep"),
-    *("evaluate_documents", "document_scores", "generated_documents"),
+    *("evaluate_documents", "document_scores", "generated_documents", "evaluation_captions"),
     *("reference_stats", "train_evaluation"),
     *("sampling_flags", "generation_request"),
     *("sample_outputs", "sample_places", "sample_recipe", "sample_working_folder"),
