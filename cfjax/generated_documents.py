@@ -205,7 +205,7 @@ def _read(path: Path, count: int) -> Sequence | None:
         return None
     try:
         if path.suffix == ".npz":
-            with np.load(path) as arrays:
+            with path.open("rb") as file, np.load(file) as arrays:
                 block = arrays["images"]
         else:
             block = json.loads(path.read_text())

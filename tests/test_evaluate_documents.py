@@ -11,8 +11,8 @@ import tiny_features
 
 import cfjax
 from cfjax import document_scores, evaluate, evaluate_documents, evaluation_inputs
-from cfjax.data.image_files import read_image
 from cfjax.data.embedded import MnistSource
+from cfjax.data.image_files import read_image
 from cfjax.data.progressions import ProgressionsSource, continue_classes
 from cfjax.data.scene_captions import parse_caption, phrasings
 from cfjax.data.scenes import ScenesSource
@@ -21,13 +21,14 @@ from cfjax.document_sampler import DocumentSampler
 from cfjax.document_scores import standard_errors
 from cfjax.errors import UserError
 from cfjax.evaluation.caption_scores import bleu, cider_d
-from cfjax.evaluation.classifier import ClassifierTraining, load_or_train
+from cfjax.evaluation.classifier import ClassifierTraining, TrainedClassifier, load_or_train
 from cfjax.evaluation.frechet import frechet_distance
 from cfjax.evaluation.scene_judge import load_scene_judge
 from cfjax.evaluation.scene_scores import score_captions, score_images
 from cfjax.evaluation.sequence_scores import judged_classes, score_progressions, score_transforms
 from cfjax.evaluation.statistics import FeatureStatistics
 from cfjax.evaluation_captions import one_caption_an_image, open_captions
+from cfjax.sampler import Sampler
 
 QUICK = ClassifierTraining(epochs=1, batch_size=500, max_shift=1)
 COUNT = 10  # documents, of which the model makes 8 at a time
@@ -46,11 +47,6 @@ def checkpoint(tmp_path_factory):
         return workdir
 
     return of
-
-
-@pytest.fixture(scope="module")
-def judges(tmp_path_factory):
-    return tmp_path_factory.mktemp("judges")
 
 
 @pytest.fixture(autouse=True)
@@ -182,28 +178,25 @@ def shares(scores, index=0):
     return {name: number.value for name, number in scores.sections[index].numbers.items()}
 
 
-def test_scenes_that_are_right(judges, monkeypatch):
+def test_scenes_that_are_right(tmp_path):
     """Real images and true captions: all is right but what the judge misreads; a part spoilt shows."""
-    training = ClassifierTraining(epochs=4, batch_size=100, max_shift=1)
-    monkeypatch.setattr(document_scores, "SCENE_JUDGE_TRAINING", training)
     source = ScenesSource("held_out", 16, num_scenes=60)
     images = source.images_at(range(60))
     scenes = [source.scene_at(index) for index in range(60)]
     texts = [phrasings(scene)[-1] for scene in scenes]
-    out = judges / "scenes"
     generator = Perfect(images[:, None], texts)
-    scores = document_scores.of_scenes(generator, source, "", 60, out)
+    scores = document_scores.of_scenes(generator, source, "", 60, tmp_path)
     assert generator.prompts["captions to images"] == [[it] for it in source.captions]
     for (image,), real in zip(generator.prompts["images to captions"], images, strict=True):
         np.testing.assert_array_equal(image, real)
     of_images, of_texts, of_judge = (shares(scores, index) for index in range(3))
     assert of_images["colours"] == of_images["number"] == of_judge["cells"] == 1
     # The judge reads the very same images.
-    assert of_images["digits"] == of_judge["digits"] > 0.5
+    assert of_images["digits"] == of_judge["digits"]
     assert of_images["scenes"] == of_judge["scenes"]
     assert set(of_texts.values()) == {1.0, of_texts["CIDEr-D"]}
     spoilt = document_scores.of_scenes(
-        Perfect(images[:, None], texts, spoilt_every=3), source, "", 60, out
+        Perfect(images[:, None], texts, spoilt_every=3), source, "", 60, tmp_path
     )
     assert shares(spoilt, 0)["number"] == pytest.approx(2 / 3)
     of_texts = spoilt.sections[1].numbers
@@ -212,9 +205,11 @@ def test_scenes_that_are_right(judges, monkeypatch):
     assert shares(spoilt, 1)["BLEU-4"] < 0.9
 
 
-def test_progressions_that_are_right(judges, monkeypatch):
+def test_progressions_that_are_right(tmp_path, monkeypatch):
     """The judge reads classes that the pixels are; trained with 5 images, continued to 12."""
     source = ProgressionsSource("held_out", 5, 30)
+    judge = TrainedClassifier({}, 10, 0.75, "123")
+    monkeypatch.setattr(document_scores, "load_or_train", lambda *_: judge)
     monkeypatch.setattr(
         document_scores,
         "judged_classes",
@@ -225,8 +220,7 @@ def test_progressions_that_are_right(judges, monkeypatch):
     images = np.zeros((30, 9, 28, 28, 1), np.uint8)
     images[:] = classes[..., None, None, None]
     generator = Perfect(images)
-    out = judges / "progressions"
-    scores = document_scores.of_progressions(generator, source, "", 30, 12, out)
+    scores = document_scores.of_progressions(generator, source, "", 30, 12, tmp_path)
     for prompt, sequence in zip(
         generator.prompts["progressions"], source.sequences_at(range(30)), strict=True
     ):
@@ -234,13 +228,13 @@ def test_progressions_that_are_right(judges, monkeypatch):
     assert set(shares(scores, 0).values()) == set(shares(scores, 1).values()) == {1.0}
     assert {"image 5", "image 12", "copy"} < shares(scores, 1).keys()
     assert scores.by_position == (1.0,) * 9
-    assert 0.1 < shares(scores, 2)["right classes"] < 1
+    assert shares(scores, 2) == {"right classes": 0.75}
     images[:, 4:] = 10  # none of the digits
-    scores = document_scores.of_progressions(Perfect(images), source, "", 30, 12, out)
+    scores = document_scores.of_progressions(Perfect(images), source, "", 30, 12, tmp_path)
     assert scores.by_position == (1.0,) * 4 + (0.0,) * 5
     assert shares(scores, 0)["right class"] == shares(scores, 1)["image 5"] == 1
     assert shares(scores, 1)["image 12"] == shares(scores, 1)["whole sequences"] == 0
-    assert min(read_image(out / "accuracy_by_position.png").size) > 300
+    assert min(read_image(tmp_path / "accuracy_by_position.png").size) > 300
 
 
 def test_transforms_that_are_right():
@@ -326,14 +320,18 @@ def test_standard_errors(count):
         ("scenes", ["--text_temperature=1", "--num_beams=2"], "beam search draws nothing"),
         ("scenes", ["--max_length=65"], "max_length is 65"),
         ("scenes", ["--num_ar_steps=5"], "5"),
-        ("classes", [], "has no text head; score it with cfjax.evaluate"),
     ],
 )
-def test_refusals(checkpoint, workdir, tmp_path, name, arguments, match):
-    model = workdir if name == "classes" else checkpoint(name)
+def test_refusals(checkpoint, tmp_path, name, arguments, match):
     with pytest.raises(UserError, match=match):
-        run(model, tmp_path / "scores", *arguments)
-    assert not list((tmp_path).rglob("*.npz"))
+        run(checkpoint(name), tmp_path / "scores", *arguments)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_model_of_classes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_documents, "load_sampler", lambda: Sampler(None, None, None, None))
+    with pytest.raises(UserError, match=r"runs/x has no text head; score it with cfjax.evaluate"):
+        run("runs/x", tmp_path)
 
 
 INCEPTION = "--inception_weights=inception.safetensors"
@@ -373,7 +371,7 @@ def test_distance_of_images_from_captions(checkpoint, tmp_path, extractor, calls
 
 @pytest.mark.usefixtures("extractor")
 def test_refusals_of_the_distance(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="documents have no classes.*--inception_weights"):
+    with pytest.raises(UserError, match=r"documents have no classes.*--inception_weights"):
         distance(checkpoint("scenes"), tmp_path)
 
 
