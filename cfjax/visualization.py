@@ -187,19 +187,19 @@ def save_captioned(
     """
     num_cells, num_images = images.shape[:2]
     num_rows = -(-num_cells // num_columns)
-    width = max(2.2, 1.0 * num_images)
+    width = max(1.8, 1.0 * num_images)
     figure, axes = plt.subplots(
         num_rows,
         num_columns,
-        figsize=(width * num_columns, num_rows * (width / num_images + 0.45)),
+        figsize=(width * num_columns, num_rows * (width / num_images + 0.4)),
         squeeze=False,
         layout="constrained",
     )
-    for ax in axes.flat:
-        ax.set_axis_off()
     for ax, of_cell, caption in zip(axes.flat, images, captions, strict=False):
         _show(ax, image_grid(of_cell, num_images, margin=1))
-        ax.set_title("\n".join(textwrap.wrap(caption, int(13 * width))), fontsize=8, y=0, va="top")
+        ax.set_xlabel("\n".join(textwrap.wrap(caption, int(14 * width))), fontsize=8)
+    for ax in axes.flat[num_cells:]:
+        ax.set_axis_off()
     _save(figure, path)
 
 
