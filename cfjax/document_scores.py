@@ -29,7 +29,7 @@ from cfjax.visualization import save_accuracy_by_position
 
 SCENE_JUDGE_TRAINING = JUDGE_TRAINING
 DIGIT_JUDGE_TRAINING = ClassifierTraining()
-_NUM_GROUPS = 50  # of the jackknife
+_NUM_GROUPS, _GROUPS_SEED = 50, 0  # of the jackknife
 # Scores of captions that papers print times 100.
 HUNDREDFOLD = ("BLEU-4", "CIDEr-D")
 
@@ -85,7 +85,8 @@ def standard_errors(score: Callable[[np.ndarray], Scored], count: int) -> dict[s
       By name; None where there is only one document, or a score is missing.
     """
     num_groups = min(_NUM_GROUPS, count)
-    groups = np.arange(count) % num_groups
+    # Drawn, as sets may have a period.
+    groups = np.random.default_rng(_GROUPS_SEED).permutation(count) % num_groups
     if num_groups < 2:
         return dict.fromkeys(score(np.arange(count)))
     left = [score(np.flatnonzero(groups != group)) for group in range(num_groups)]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from cfjax import evaluation_inputs, sharding
 from cfjax.data.image_files import write_whole
 from cfjax.document_sampler import DocumentSampler
-from cfjax.generation_request import Request, params_checksum, recipe_of
+from cfjax.generation_request import Request, recipe_of
 from cfjax.sampling_flags import integers, load_overrides, sampling_overrides
 from cfjax.text_sampling import TextSampling
 
@@ -150,7 +150,7 @@ class Generator:
     def texts(self, name: str, documents: str, prompts: Prompts, count: int) -> list[str] | None:
         """A text that follows each prompt; the arguments are those of `images`."""
         key = {
-            "params_sha256": params_checksum(self.sampler.params),
+            "params_sha256": self.recipe["params_sha256"],
             "versions": self.recipe["versions"],
             "dtype": self.sampler.config.sampling.dtype,
             "at_once": self.at_once,

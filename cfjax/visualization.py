@@ -249,7 +249,7 @@ def save_accuracy_by_position(
         width = 1.0 if number else 2.5
         positions = range(first, first + len(shares))
         ax.plot(positions, 100 * np.asarray(shares), label=name, linewidth=width, zorder=-number)
-    ax.axvline(trained_length + 0.5, color="gray", linestyle="--", label="trained so far")
+    ax.axvline(trained_length + 0.5, color="gray", linestyle="--", label="length in training")
     ax.set_ylim(-2, 102)
     ax.set_xlabel("image of the sequence", fontsize=9)
     ax.set_ylabel("right class, %", fontsize=9)
