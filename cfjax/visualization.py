@@ -197,7 +197,10 @@ def save_captioned(
     )
     for ax, of_cell, caption in zip(axes.flat, images, captions, strict=False):
         _show(ax, image_grid(of_cell, num_images, margin=1))
-        ax.set_xlabel("\n".join(textwrap.wrap(caption, int(14 * width))), fontsize=8)
+        # What a model writes may be anything, such as control characters and half a formula.
+        shown = "".join(it if it.isprintable() else "?" for it in caption)
+        text = "\n".join(textwrap.wrap(shown, int(14 * width)))
+        ax.set_xlabel(text, fontsize=8, parse_math=False)
     for ax in axes.flat[num_cells:]:
         ax.set_axis_off()
     _save(figure, path)

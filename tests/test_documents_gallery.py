@@ -28,7 +28,9 @@ class Model:
         return np.full((*lead, *self.shape), 90, np.uint8)
 
     def caption(self, images, seed=0):
-        return [f"image {index}, of which a long sentence is said" for index in range(len(images))]
+        return [
+            f"image {index}\0 with $1_ and $2, and a long sentence" for index in range(len(images))
+        ]
 
 
 def num_frames(picture):
@@ -75,6 +77,7 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Glyph")  # a random model writes whatever letters
 def test_the_program(tmp_path):
     arguments = [f"--out={tmp_path / 'docs'}"]
     for name in documents_gallery.PICTURES:

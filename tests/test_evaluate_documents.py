@@ -80,6 +80,19 @@ def values(report, title):
     return {name: it["value"] for name, it in report["scores"][title].items()}
 
 
+def kept(out, name):
+    """All that was generated for a task."""
+    (folder,) = out.glob(f"generated/{name}-*")
+    blocks = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".json":
+            blocks.append(np.array(json.loads(path.read_text()), object))
+        else:
+            with path.open("rb") as file, np.load(file) as arrays:
+                blocks.append(arrays["images"])
+    return np.concatenate(blocks)
+
+
 def assert_same(found, scores, leave_out=("num_scenes",)):
     """What a table has is what the function says."""
     expected = {
@@ -97,11 +110,13 @@ def test_scenes(checkpoint, tmp_path, calls, capsys):
     sampler, source = cfjax.load(workdir), ScenesSource("held_out", 16)
     captions = source.captions[:COUNT]
     images = sampler.generate(prompt=[[it] for it in captions], seed=3, num_ar_steps=2)
+    np.testing.assert_array_equal(kept(out, "captions_to_images")[:, 0], images)
     judge = load_scene_judge(out / "judge", 16, 2, QUICK)
     scored = score_images([parse_caption(it) for it in captions], judge.read(images))
     of_images = values(report, "captions to images")
     assert_same(of_images, scored, ("num_scenes", "parsed"))
     texts = sampler.caption(source.images_at(range(COUNT)), seed=3)
+    assert kept(out, "images_to_captions").tolist() == texts
     scenes = [source.scene_at(index) for index in range(COUNT)]
     of_texts = values(report, "images to captions")
     references = [phrasings(scene) for scene in scenes]
