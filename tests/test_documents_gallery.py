@@ -17,7 +17,7 @@ from cfjax.visualization import GIVEN
 
 
 class Model:
-    """Answers with flat images, and captions that say how many there were."""
+    """Answers with flat images, and with captions that are half a formula."""
 
     def __init__(self, shape):
         self.shape, self.prompts = shape, []
