@@ -2,6 +2,7 @@
 
 import functools
 
+import autoencoders
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +10,17 @@ import pytest
 import tiny
 
 from cfjax import build, build_documents, flops, sharding
+from cfjax.data import progressions
 from cfjax.data.document_rows import PackedDocuments
 from cfjax.data.images import to_model_range
 from cfjax.data.scenes import ScenesSource
 from cfjax.errors import UserError
+from cfjax.metric_log import read_metrics
 from cfjax.models.multimodal import DocumentRows
 from cfjax.preflight_report import sample_report, train_report
 from cfjax.preflight_text import report_text
 from cfjax.tpu_topology import CHIPS
+from cfjax.train import train
 
 BATCH = 8
 # A large ε, as Adam otherwise makes large updates from gradients that are rounding alone.
@@ -92,6 +96,35 @@ def test_eight_devices_and_microbatches_change_rounding_alone(at_once):
 )
 def test_meshes_and_microbatches_change_rounding_alone(at_once, mesh, num_microbatches):
     assert_same(run(mesh, train__num_microbatches=num_microbatches), at_once)
+
+
+@pytest.mark.slow
+def test_images_of_documents_are_encoded_in_training(tmp_path, monkeypatch):
+    """Progressions as latents of 14x14: the same by any mesh."""
+    monkeypatch.setitem(progressions.DEFAULT_NUM_SEQUENCES, "train", 40)
+    autoencoders.make(tmp_path / "vae")
+    losses = []
+    for mesh in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        config = tiny.document_config(
+            **OVERRIDES,
+            train__num_train_steps=2,
+            train__log_every=1,
+            autoencoder__path=str(tmp_path / "vae"),
+            data__name="progressions",
+            data__size=14,
+            data__channels=2,
+            model__patch_size=7,
+            text__tokens_per_row=20,
+            text__images_per_row=10,
+            sampling__clip_x_start=False,
+            **{f"mesh__{axis}": size for axis, size in mesh.items()},
+        )
+        workdir = tmp_path / str(mesh["data"])
+        train(config, workdir)
+        losses.append([line["loss/image"] for line in read_metrics(workdir)])
+    assert len(losses[0]) == 2 and np.isfinite(losses).all()
+    # Devices add up in another order, which Adam's updates amplify.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("copies", [1, 2])
