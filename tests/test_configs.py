@@ -36,6 +36,9 @@ VARIANTS = [
 # Of documents.
 DOCUMENTS = [
     "mnist_scenes.py",
+    "mnist_scenes.py:text_to_image",
+    "mnist_scenes.py:image_to_text",
+    "mnist_scenes.py:transfusion",
     "mnist_progressions.py",
     "mnist_transforms.py",
     "in1kcap256.py:l",
