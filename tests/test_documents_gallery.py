@@ -28,9 +28,7 @@ class Model:
         return np.full((*lead, *self.shape), 90, np.uint8)
 
     def caption(self, images, seed=0):
-        return [
-            f"image {index}\0 with $1_ and $2, and a long sentence" for index in range(len(images))
-        ]
+        return [f"$\\frac$ {index}\0 and a longer sentence" for index in range(len(images))]
 
 
 def num_frames(picture):
