@@ -16,7 +16,7 @@ from cfjax.data import progressions, scenes, transforms
 from cfjax.data.image_files import write_npz
 from cfjax.documents import ImageSegment, TextSegment, items_of, lay_out
 from cfjax.errors import UserError
-from cfjax.models.causal_fusion import SIZES
+from cfjax.models.causal_fusion import SIZES, CausalFusion
 from cfjax.sharding import abstract_sharded, batch_sharding, born_sharded, make_mesh
 from cfjax.train import train
 
@@ -244,3 +244,11 @@ def test_every_field_of_an_autoencoder_is_read(tmp_path):
     read = set()
     train_autoencoder.train(Recorder(config, read), tmp_path)
     assert read == set(dotted_keys(config))
+
+
+def test_a_config_older_than_documents_is_of_images():
+    config = load("mnist.py").unlock()
+    del config.text
+    del config.loss.text_dropout
+    assert type(build.model(config)) is CausalFusion
+    build.sampling_settings(config)
