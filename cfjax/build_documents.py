@@ -21,8 +21,8 @@ DOCUMENT_SOURCES = (*EMBEDDED_SOURCES, "captioned_array_record", "captioned_tfds
 
 
 def has_text(config: ConfigDict) -> bool:
-    """Whether the model is one of documents."""
-    return bool(config.text.tokenizer)
+    """Whether the model is one of documents; configs older than those have no `text`."""
+    return "text" in config and bool(config.text.tokenizer)
 
 
 @functools.lru_cache(maxsize=4)

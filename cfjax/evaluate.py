@@ -5,6 +5,9 @@ of `--sweep`; with `--samples` they are read: a `.npz` with `arr_0`, saved stati
 They are compared with the training images of the config or of `--dataset`, or with `--reference`: a
 `.npz` of the ADM suite, what `cfjax.reference_stats` saved, or a folder.
 
+Of a model of documents, images are drawn from the captions of `--caption_split`, those of its images in
+turn, over and over, and compared with these images.
+
 With `--inception_weights` features are those of the ADM suite; else of a small classifier, trained on
 the real images and kept in `<out>/classifier`. `<out>` gets `scores.json`, `scores.csv`, a grid of
 samples a row, and a plot of a sweep. Run again, a killed evaluation goes on where it was.
@@ -25,6 +28,8 @@ from ml_collections import ConfigDict
 import cfjax
 from cfjax import (
     build_data,
+    build_documents,
+    evaluation_captions,
     evaluation_inputs,
     evaluation_rows,
     evaluation_sweep,
@@ -63,7 +68,13 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
     samplers = {"ema": sampler}
     if "params" in swept.get(evaluation_sweep.WEIGHTS, ()):
         samplers["params"] = load_sampler("params")
-    rows = evaluation_rows.of_checkpoint(swept, samplers)
+    captions = None
+    if build_documents.has_text(sampler.config):
+        size, _, channels = sampler.image_shape
+        captions = evaluation_captions.open_captions(
+            sampler.config, values["caption_split"], size, channels
+        )
+    rows = evaluation_rows.of_checkpoint(swept, samplers, captions)
     points = evaluation_sweep.points(swept)
     decoder = sampler.autoencoder and sampler.autoencoder.module
     train_step = find(values["checkpoint"], values["train_step"]).name
@@ -71,7 +82,10 @@ def _of_checkpoint(values: dict[str, Any], out: Path) -> Report | None:
         "checkpoint": f"{values['checkpoint']}, train step {train_step}"
         + (", EMA" if len(samplers) == 1 else ""),
         "sampler": evaluation_rows.sampler_details(sampler, swept),
-        "guidance": evaluation_rows.guidance_details(sampler, swept, values["guide"]),
+        "guidance": evaluation_rows.guidance_details(
+            sampler, swept, values["guide"] or (captions and "no caption")
+        ),
+        **({"captions": captions.describe(values["num_samples"])} if captions else {}),
         "rounding": "uint8, truncated",
         "seed": values["seed"],
         "recipes": [row.recipe for row in rows],
@@ -95,6 +109,10 @@ def _sources(
     if module is not None:
         size, channels = size * module.downsampling, module.image_channels
     if dataset is None:
+        if build_documents.has_text(config):
+            split = flags.FLAGS["caption_split"].value
+            images = evaluation_captions.open_captions(config, split, size, channels).images
+            return images, images
         if config.data.name == "latents":
             raise UserError(
                 f"the data in {config.data.path} are latents; name the images that were encoded,"
@@ -136,7 +154,8 @@ def _of_samples(values: dict[str, Any], out: Path) -> Report | None:
     if config is not None:
         autoencoder = build_data.autoencoder(config)
         decoder = autoencoder and autoencoder.module
-        _check_labels(images, config.data.num_classes)
+        if not build_documents.has_text(config):
+            _check_labels(images, config.data.num_classes)
     row = evaluation_rows.of_images(
         images, evaluation_inputs.checksum_of(path), values["batch_size"]
     )
@@ -192,6 +211,12 @@ def _report(
     if reference_path is not None and values["dataset"] is not None:
         raise UserError("pass either --reference or --dataset.")
     sources = None
+    is_of_documents = config is not None and build_documents.has_text(config)
+    if is_of_documents and weights is None:
+        raise UserError(
+            "documents have no classes, of which a classifier could be trained for features; pass"
+            " --inception_weights."
+        )
     if config is not None and (reference_path is None or weights is None):
         sources = _sources(config, values["dataset"], decoder)
         if image_shape != sources[0].image_shape:
@@ -217,7 +242,10 @@ def _report(
     else:
         dataset = _dataset_name(config)
         images = of_source(sources[0], dataset)
-        name = f"{images.count} training images of {dataset}, fingerprint {sources[0].fingerprint}"
+        which = "training"
+        if is_of_documents and values["dataset"] is None:
+            which = f"{values['caption_split']} captioned"
+        name = f"{images.count} {which} images of {dataset}, fingerprint {sources[0].fingerprint}"
         reference = evaluation_inputs.reference_of_images(
             images, name, extractor, batch_size, state
         )
@@ -311,6 +339,9 @@ def define_flags() -> None:
     evaluation_inputs.define_inception_flags(required=False)
     flags.DEFINE_string("out", None, "Folder of the report.", required=True)
     flags.DEFINE_integer("num_samples", 1000, "For each row of the report.", lower_bound=2)
+    flags.DEFINE_string(
+        "caption_split", "held_out", "Of a model of documents: whose captions it draws."
+    )
     flags.DEFINE_list("ar_steps", ["1"], "Numbers of AR steps: a row of the report each.")
     flags.DEFINE_multi_string(
         "sweep", [], "An option and its values: guidance_scale=1.0,1.5. Several are combined."

@@ -18,10 +18,12 @@ from cfjax import evaluation_inputs, evaluation_sweep
 from cfjax.data.image_files import write_png, write_whole
 from cfjax.data.image_sets import ImageSet
 from cfjax.diffusion.solvers import Solver
+from cfjax.document_sampler import DocumentSampler
 from cfjax.evaluation.extractors import Extractor
 from cfjax.evaluation.feature_blocks import FeatureBlocks
 from cfjax.evaluation.references import Reference
 from cfjax.evaluation.scores import Protocol, Score, score
+from cfjax.evaluation_captions import Captions
 from cfjax.generation_request import Request, labels_of, recipe_of
 from cfjax.sample import Part, stream_with_progress
 from cfjax.sampler import Sampler
@@ -137,12 +139,17 @@ def of_images(images: ImageSet, checksum: str, batch_size: int) -> Row:
     return Row(Path(images.name).name, {"samples": checksum}, images.labels, images.count, read)
 
 
-def of_checkpoint(swept: Mapping[str, Sequence[Any]], samplers: Mapping[str, Sampler]) -> list[Row]:
+def of_checkpoint(
+    swept: Mapping[str, Sequence[Any]],
+    samplers: Mapping[str, Sampler],
+    captions: Captions | None = None,
+) -> list[Row]:
     """A row a point of a sweep; the flags say what is not swept.
 
     Args:
       swept: from `evaluation_sweep.parse`.
       samplers: the model by the name of its weights.
+      captions: that a model of documents draws; others draw all classes.
 
     Raises:
       UserError: a value out of range.
@@ -153,7 +160,8 @@ def of_checkpoint(swept: Mapping[str, Sequence[Any]], samplers: Mapping[str, Sam
         sampler = samplers[point.get(evaluation_sweep.WEIGHTS, "ema")]
         options = evaluation_sweep.sampling_options(point)
         settings = sampler.settings(sampling_overrides() | options)
-        labels = labels_of((), values["num_samples"], sampler.model.num_classes)
+        count = values["num_samples"]
+        labels = None if captions else labels_of((), count, sampler.model.num_classes)
         request = Request(
             checkpoint=values["checkpoint"],
             train_step=values["train_step"],
@@ -163,14 +171,20 @@ def of_checkpoint(swept: Mapping[str, Sequence[Any]], samplers: Mapping[str, Sam
             split_sizes=(),
             seed=values["seed"],
             classes=(),
-            num_samples=len(labels),
-        )
-
-        read = functools.partial(
-            _generated, sampler, Part(labels, settings), values["seed"], values["batch_size"]
+            num_samples=count,
         )
         recipe = recipe_of("cfjax.evaluate", request, sampler, settings)
-        rows.append(Row(evaluation_sweep.name_of(point), recipe, labels, len(labels), read))
+        if captions is None:
+            part = Part(labels, settings)
+            read = functools.partial(
+                _generated, sampler, part, values["seed"], values["batch_size"]
+            )
+        else:
+            recipe |= {"captions": captions.describe(count)}
+            read = functools.partial(
+                _drawn, sampler, captions, count, sampling_overrides() | options
+            )
+        rows.append(Row(evaluation_sweep.name_of(point), recipe, labels, count, read))
     return rows
 
 
@@ -179,6 +193,28 @@ def _generated(
 ) -> Iterator[np.ndarray]:
     made = stream_with_progress(sampler, [part], seed, batch_size, first)
     return (images for images, _ in made)
+
+
+def _drawn(
+    sampler: DocumentSampler,
+    captions: Captions,
+    count: int,
+    options: Mapping[str, Any],
+    first: int,
+) -> Iterator[np.ndarray]:
+    """Images after captions."""
+    values = flags.FLAGS.flag_values_dict()
+    with evaluation_inputs.progress("captions to images", count, first) as bar:
+        while first < count:
+            # Ends of batches are multiples, so that what is made at a time belongs to one of them.
+            end = min(count, (first // values["batch_size"] + 1) * values["batch_size"])
+            prompts = [[text] for text in captions.at(first, end)]
+            images = sampler.generate(
+                prompt=prompts, seed=values["seed"], first_index=first, **options
+            )
+            bar.update(len(images))
+            yield images
+            first = end
 
 
 def sampler_details(sampler: Sampler, swept: Mapping[str, Sequence[Any]]) -> str:

@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     """Trains to the end, resuming from the workdir's last checkpoint.
 
     Args:
-      config: see `configs/default.py`.
+      config: see `configs/default.py`; of documents, its `text.checksum` is set.
       workdir: of the run; on several hosts, on storage that all share.
 
     Returns:
@@ -61,6 +61,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     train_evaluation.check(config)
     loaded = build_data.autoencoder(config)
     if build_documents.has_text(config):
+        config.text.checksum = build_documents.tokenizer(config).checksum
         source = build_documents.documents(config, "train", loaded)
     else:
         source = build_data.source(config, "train", loaded)

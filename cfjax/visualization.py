@@ -3,6 +3,7 @@
 The only room that imports matplotlib.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -15,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+GIVEN = np.array([230, 120, 30], np.uint8)  # the colour of the frame around what was given
 MISSING = np.array([90, 120, 170], np.uint8)  # the colour of what is yet to come
 
 
@@ -169,6 +171,93 @@ def save_curves(
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel(y_label, fontsize=8)
     axes[0, 0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def save_captioned(
+    path: str | PathLike, images: np.ndarray, captions: Sequence[str], num_columns: int
+) -> None:
+    """Cells of images side by side, with a caption under each cell.
+
+    Args:
+      path: of the PNG.
+      images: uint8 `[cells, k, H, W, C]`.
+      captions: of the cells.
+      num_columns: cells side by side.
+    """
+    num_cells, num_images = images.shape[:2]
+    num_rows = -(-num_cells // num_columns)
+    width = max(1.8, 1.0 * num_images)
+    figure, axes = plt.subplots(
+        num_rows,
+        num_columns,
+        figsize=(width * num_columns, num_rows * (width / num_images + 0.4)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, of_cell, caption in zip(axes.flat, images, captions, strict=False):
+        _show(ax, image_grid(of_cell, num_images, margin=1))
+        # What a model writes may be anything, such as control characters and half a formula.
+        shown = "".join(it if it.isprintable() else "?" for it in caption)
+        text = "\n".join(textwrap.wrap(shown, int(14 * width)))
+        ax.set_xlabel(text, fontsize=8, parse_math=False)
+    for ax in axes.flat[num_cells:]:
+        ax.set_axis_off()
+    _save(figure, path)
+
+
+def save_strips(
+    path: str | PathLike, strips: Sequence[np.ndarray], num_given: int, row_names: Sequence[str]
+) -> None:
+    """A row a sequence of images; the given ones are framed, and generated ones follow.
+
+    Args:
+      path: of the PNG.
+      strips: uint8 `[k, H, W, C]` each.
+      num_given: of each.
+      row_names: the labels beside the rows.
+    """
+    frame = 2
+    num_images = len(strips[0])
+    figure, axes = plt.subplots(
+        len(strips),
+        1,
+        figsize=(0.55 * num_images + 1.4, 0.6 * len(strips)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax, images, name in zip(axes[:, 0], strips, row_names, strict=True):
+        height, width = images.shape[1:3]
+        framed = np.full((num_images, height + 2 * frame, width + 2 * frame, 3), GIVEN, np.uint8)
+        framed[num_given:] = 255
+        framed[:, frame:-frame, frame:-frame] = images  # grey ones become RGB
+        _show(ax, image_grid(framed, num_images, margin=1))
+        ax.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+    _save(figure, path)
+
+
+def save_accuracy_by_position(
+    path: str | PathLike, curves: Mapping[str, Sequence[float]], first: int, trained_length: int
+) -> None:
+    """Shares of right images of continued sequences; a line marks how long the trained ones were.
+
+    Args:
+      path: of the PNG.
+      curves: by name, the share in 0...1 of each position; the first curve is drawn boldly.
+      first: position of the first share, from 1.
+      trained_length: images of a sequence in training.
+    """
+    figure, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for number, (name, shares) in enumerate(curves.items()):
+        width = 1.0 if number else 2.5
+        positions = range(first, first + len(shares))
+        ax.plot(positions, 100 * np.asarray(shares), label=name, linewidth=width, zorder=-number)
+    ax.axvline(trained_length + 0.5, color="gray", linestyle="--", label="length in training")
+    ax.set_ylim(-2, 102)
+    ax.set_xlabel("image of the sequence", fontsize=9)
+    ax.set_ylabel("right class, %", fontsize=9)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=7)
     _save(figure, path)
 
 

@@ -16,7 +16,7 @@ from cfjax.data import progressions, scenes, transforms
 from cfjax.data.image_files import write_npz
 from cfjax.documents import ImageSegment, TextSegment, items_of, lay_out
 from cfjax.errors import UserError
-from cfjax.models.causal_fusion import SIZES
+from cfjax.models.causal_fusion import SIZES, CausalFusion
 from cfjax.sharding import abstract_sharded, batch_sharding, born_sharded, make_mesh
 from cfjax.train import train
 
@@ -36,6 +36,9 @@ VARIANTS = [
 # Of documents.
 DOCUMENTS = [
     "mnist_scenes.py",
+    "mnist_scenes.py:text_to_image",
+    "mnist_scenes.py:image_to_text",
+    "mnist_scenes.py:transfusion",
     "mnist_progressions.py",
     "mnist_transforms.py",
     "in1kcap256.py:l",
@@ -49,13 +52,18 @@ def load(name):
     return load_config(str(tiny.CONFIGS / name))
 
 
+def _many(names, quick):
+    """Parameters of a test; all but a few are `long`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
 def test_all_configs_are_tested():
     files = {path.name for path in tiny.CONFIGS.glob("*.py")}
     tested = {name.split(":")[0] for name in VARIANTS + DOCUMENTS + AUTOENCODERS}
     assert files == tested | {"default.py", "default_autoencoder.py"}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", _many(VARIANTS, ["mnist.py", "mnist_latent.py", "imagenet256.py"]))
 def test_a_config_takes_a_train_step_when_shrunk(name):
     config = load(name)
     config.data.num_classes = 3
@@ -63,7 +71,7 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
     assert_takes_a_train_step(config)
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", _many(DOCUMENTS, ["mnist_scenes.py", "in1kcap256.py:l"]))
 def test_a_config_of_documents_takes_a_train_step_when_shrunk(name):
     config = load(name)
     if config.data.name == "captioned_array_record":
@@ -236,3 +244,11 @@ def test_every_field_of_an_autoencoder_is_read(tmp_path):
     read = set()
     train_autoencoder.train(Recorder(config, read), tmp_path)
     assert read == set(dotted_keys(config))
+
+
+def test_a_config_older_than_documents_is_of_images():
+    config = load("mnist.py").unlock()
+    del config.text
+    del config.loss.text_dropout
+    assert type(build.model(config)) is CausalFusion
+    build.sampling_settings(config)

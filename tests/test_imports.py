@@ -16,6 +16,7 @@ PROGRAMS = [
     *("train_autoencoder", "autoencoder_results"),
     *("sample", "edit", "draw", "prepare_images", "prepare_captions"),
     *("evaluate", "evaluation_inputs", "evaluation_rows", "evaluation_sweep"),
+    *("evaluate_documents", "document_scores", "generated_documents", "evaluation_captions"),
     *("reference_stats", "train_evaluation"),
     *("sampling_flags", "generation_request", "generation_prompts"),
     *("caption", "caption_outputs"),

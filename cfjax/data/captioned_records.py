@@ -70,6 +70,11 @@ class CaptionedRecords(RecordSource):
     def fingerprint(self) -> str:
         return self._fingerprint
 
+    @property
+    def image_ids(self) -> np.ndarray:
+        """Which image each pair has, int64 `[pairs]`; not falling."""
+        return self._records
+
     def images_at(self, indices: Sequence[int]) -> np.ndarray:
         """The images of some pairs, uint8 `[n, H, W, C]`.
 
