@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from cfjax.errors import UserError
 from cfjax.models.kv_cache import KVCache, empty_cache
 
+_NEVER_WRITTEN = -1
+
 
 class DocumentCache(NamedTuple):
     """Keys and values of what is remembered of the documents so far.
@@ -21,7 +23,7 @@ class DocumentCache(NamedTuple):
     Attributes:
       kv_cache: of which `length` is the slot that is written next.
       is_filled: bool `[rows, capacity]`, which slots a row sees.
-      segment_of_slot: int32 `[capacity]`.
+      segment_of_slot: int32 `[capacity]`, -1 where nothing was ever written.
       segment: int32 scalar, the segment that is being pushed.
       position: int32 `[rows]`, that of the token or image which comes next.
     """
@@ -56,8 +58,8 @@ class DocumentCache(NamedTuple):
         begin = jnp.where(begin + num_tokens <= self.capacity, begin, 0)
         slots = jnp.arange(self.capacity)
         is_overwritten = (slots >= begin) & (slots < begin + num_tokens)
-        used = is_overwritten & self.is_filled.any(axis=0)
-        oldest_kept = jnp.max(jnp.where(used, self.segment_of_slot + 1, 0))
+        # Of all rows alike, whichever of them the slots are empty in.
+        oldest_kept = jnp.max(jnp.where(is_overwritten, self.segment_of_slot + 1, 0))
         is_kept = ~is_overwritten & (self.segment_of_slot >= oldest_kept)
         return self._replace(
             kv_cache=self.kv_cache._replace(length=begin),
@@ -95,7 +97,7 @@ def empty_document_cache(
     return DocumentCache(
         kv_cache=empty_cache(num_layers, rows, num_heads, head_width, capacity, dtype),
         is_filled=jnp.zeros((rows, capacity), bool),
-        segment_of_slot=jnp.zeros(capacity, jnp.int32),
+        segment_of_slot=jnp.full(capacity, _NEVER_WRITTEN, jnp.int32),
         segment=jnp.zeros((), jnp.int32),
         position=jnp.zeros(rows, jnp.int32),
     )
