@@ -315,22 +315,11 @@ def generate_over_caches(
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, x, begin, axis=1)
         return _State(caches, tokens), trajectory
 
-<<<<<<< HEAD
-=======
-    room = num_pushed_tokens(model, settings)
-    is_noised = settings.kept_as == "noised"
-    num_cached = room - num_known if is_noised else room
-    caches = prefill(network, guide, labels, num_cached, settings.is_guided)
->>>>>>> edit
     tokens = jnp.zeros_like(start_noise)
     if num_known:
         tokens = jnp.take_along_axis(known.tokens, order[..., None], axis=1)
         clean, indices = tokens[:, :num_known], order[:, :num_known]
-<<<<<<< HEAD
         if settings.kept_as == "noised":
-=======
-        if is_noised:
->>>>>>> edit
             rates = jnp.asarray(_rates(settings.schedules), jnp.float32)
             noised = NoisedContext(clean, start_noise[:, :num_known], indices, rates)
             caches = caches._replace(noised=noised)
