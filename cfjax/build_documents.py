@@ -82,9 +82,7 @@ def source(
     if data.name == "captioned_array_record":
         return CaptionedRecordSource(data.path, split, size, channels, data.on_corrupt)
     if data.name == "captioned_tfds":
-        return TfdsCaptionsSource(
-            data.tfds_name, data.path, split, size, channels, data.on_corrupt
-        )
+        return TfdsCaptionsSource(data.tfds_name, data.path, split, size, channels, data.on_corrupt)
     if data.name == "scenes":
         opened = ScenesSource(split, size, data.scene_grid)
     elif data.name == "progressions":

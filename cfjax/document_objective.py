@@ -33,9 +33,7 @@ class DocumentObjective:
 
     def __post_init__(self):
         if self.text_loss_weight < 0:
-            raise UserError(
-                f"text_loss_weight is {self.text_loss_weight}, but must be at least 0."
-            )
+            raise UserError(f"text_loss_weight is {self.text_loss_weight}, but must be at least 0.")
 
 
 class Weights(NamedTuple):
@@ -75,9 +73,7 @@ def corrupt(
     num_rows, num_images = batch["image_places"].shape
     has_classes = batch["label"].shape[1] > 0
     labels = batch["label"] if has_classes else jnp.zeros((num_rows, num_images), jnp.int32)
-    drawn = image_objective.corrupt(
-        objective.image, model, labels.reshape(-1), seed, train_step
-    )
+    drawn = image_objective.corrupt(objective.image, model, labels.reshape(-1), seed, train_step)
     drawn = jax.tree.map(lambda x: x.reshape(num_rows, num_images, *x.shape[1:]), drawn)
     return drawn if has_classes else drawn._replace(labels=batch["label"])
 

@@ -304,7 +304,9 @@ class _Stream:
         if of_guiding is None:
             begins_anew = np.zeros(len(ids), bool)
         self._state = document_sampling.push_text(
-            *self._networks, self._state, *map(self._put, (ids.astype(np.int32), is_real, begins_anew))
+            *self._networks,
+            self._state,
+            *map(self._put, (ids.astype(np.int32), is_real, begins_anew)),
         )
 
     def _announce_image(self):

@@ -33,9 +33,7 @@ class DocumentState(NamedTuple):
     logits: jax.Array
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "guide_model", "batch", "rows", "capacity")
-)
+@functools.partial(jax.jit, static_argnames=("model", "guide_model", "batch", "rows", "capacity"))
 def begin(
     model: MultimodalCausalFusion,
     params: Any,
@@ -55,9 +53,7 @@ def begin(
     """
 
     def empty(model, params, rows):
-        cache = model.apply(
-            {"params": params}, rows, capacity, method=model.empty_document_cache
-        )
+        cache = model.apply({"params": params}, rows, capacity, method=model.empty_document_cache)
         axes = (None, "batch", "activation_heads", None, None)
         layers = [nn.with_logical_constraint(it, axes) for it in cache.kv_cache[:2]]
         return cache._replace(kv_cache=cache.kv_cache._replace(keys=layers[0], values=layers[1]))
@@ -80,9 +76,7 @@ def _with_both(function, network, guide, caches, *arrays):
     return Caches(main, of_guide), output
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "guide_model"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("model", "guide_model"), donate_argnames=("state",))
 def push_text(
     model: MultimodalCausalFusion,
     params: Any,
@@ -130,9 +124,7 @@ def _last_logits(before: jax.Array, logits: jax.Array, is_real: jax.Array) -> ja
     return jnp.where(is_real.any(axis=1, keepdims=True), after, before)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "guide_model"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("model", "guide_model"), donate_argnames=("state",))
 def push_image(
     model: MultimodalCausalFusion,
     params: Any,
@@ -163,9 +155,7 @@ def push_image(
     return state._replace(caches=caches)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "guide_model"), donate_argnames=("state",)
-)
+@functools.partial(jax.jit, static_argnames=("model", "guide_model"), donate_argnames=("state",))
 def push_class(
     model: MultimodalCausalFusion,
     params: Any,
@@ -223,9 +213,7 @@ def generate_image(
         known=known,
         guide=guide,
     )
-    caches = Caches(
-        caches.main.after_segment(1), caches.guide and caches.guide.after_segment(1)
-    )
+    caches = Caches(caches.main.after_segment(1), caches.guide and caches.guide.after_segment(1))
     return state._replace(caches=caches), tokens
 
 
@@ -286,9 +274,7 @@ def generate_text(
         rows = jnp.repeat(token, copies)[:, None]
         is_real = (jnp.repeat(~is_done, copies) & is_first)[:, None]
         never = jnp.zeros(len(rows), bool)
-        state = push_text(
-            model, params, guide_model, guide_params, state, rows, is_real, never
-        )
+        state = push_text(model, params, guide_model, guide_params, state, rows, is_real, never)
         return (state, Writing(is_done, length + 1)), jnp.where(is_done, NO_TOKEN, token)
 
     (state, writing), tokens = jax.lax.scan(write, (state, writing), length=num_tokens)

@@ -147,9 +147,7 @@ def test_mask_by_its_definition(seed, copies):
     *_, ar_step_ids = made.images(rng, *batch["image_places"].shape)
     model = made.model()
     terms = model._terms(made.of_batch(batch), ar_step_ids, num_clean, copies)
-    every = type(terms[0])(
-        *(jnp.concatenate(parts, axis=1) for parts in zip(*terms, strict=True))
-    )
+    every = type(terms[0])(*(jnp.concatenate(parts, axis=1) for parts in zip(*terms, strict=True)))
     mask = np.asarray(document_mask(every, every))
     for i in range(len(mask)):
         row = {name: np.asarray(it[i]) for name, it in batch.items()}
@@ -160,7 +158,7 @@ def test_mask_by_its_definition(seed, copies):
 
 
 def test_a_text_that_is_too_long_is_refused():
-    with pytest.raises(UserError, match="'aaaaaaaaa' has 9 tokens, but text.max_length is 8"):
+    with pytest.raises(UserError, match=r"'aaaaaaaaa' has 9 tokens, but text.max_length is 8"):
         made.items((TextSegment("a" * 9),))
 
 

@@ -67,9 +67,7 @@ def test_a_class_and_its_image_are_the_single_image_model(params, attention, cop
 
     def of_documents(params):
         apply = {"params": params}
-        prediction, _ = model.apply(
-            apply, made.of_batch(batch), *inputs, method=model.documents
-        )
+        prediction, _ = model.apply(apply, made.of_batch(batch), *inputs, method=model.documents)
         return (prediction * direction).sum(), prediction
 
     def of_images(params):
@@ -100,9 +98,7 @@ def test_a_class_and_its_image_in_any_row(model, params):
     )
     image_params = {name: it for name, it in params.items() if not name.startswith("text")}
     alone = single_image_model(model)
-    expected = alone.apply(
-        {"params": image_params}, jnp.array([3]), *(it[:, 0] for it in inputs)
-    )
+    expected = alone.apply({"params": image_params}, jnp.array([3]), *(it[:, 0] for it in inputs))
     np.testing.assert_allclose(prediction[:, 0], expected, rtol=0, atol=2e-6)
 
 

@@ -6,7 +6,9 @@ from cfjax.documents import Slots
 from cfjax.errors import UserError
 
 
-def pack(text_lengths: np.ndarray, images_per_document: int, slots: Slots, seed: int) -> list[list[int]]:
+def pack(
+    text_lengths: np.ndarray, images_per_document: int, slots: Slots, seed: int
+) -> list[list[int]]:
     """Divides documents among rows.
 
     Each row begins with the longest document that is left, and then takes those which are closest to

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from cfjax.document_masks import DocumentMaskTerms, document_mask
 from cfjax.errors import UserError, check_choice
-from cfjax.factorization import MaskTerms, generalized_causal_mask
+from cfjax.factorization import generalized_causal_mask
 from cfjax.models.attention import ATTENDED, Attention
 from cfjax.models.kv_cache import KVCache, after, empty_cache, first_row_of_each
 from cfjax.models.layers import (

@@ -266,7 +266,11 @@ class MultimodalCausalFusion(CausalFusion):
         among_new = jnp.broadcast_to(among_new & is_real[:, None], (rows, num_new, num_new))
         mask = jnp.concatenate([seen, among_new], axis=2)
         push, _ = self.blocks(
-            Push(embedded, cache.kv_cache, jnp.int32(0)), None, None, mask, self._rotation(positions)
+            Push(embedded, cache.kv_cache, jnp.int32(0)),
+            None,
+            None,
+            mask,
+            self._rotation(positions),
         )
         return cache.with_pushed(push.kv_cache, is_real), push.x
 
