@@ -4,7 +4,8 @@
 A part of each image is kept, and the rest is generated anew around it, with another class if asked,
 without fine-tuning (paper section 4.4). The images are one's own (`--images`: a `.npz`, a folder, or
 one picture) or generated first (`--source_classes`). `--keep_ratio=0.8,0.5,0.2` with `--keep=random`
-regenerates a growing share: a class that morphs. `--kept_as=noised` heeds the new class more.
+regenerates a growing share: a class that morphs. `--kept_as=noised` heeds the new class more, and so
+does `--num_candidates=4`: of four edits of an image the model keeps the one that fits the class best.
 
 `--out` is as in cfjax.sample; a picture of the images before, the masks and the images after is in
 `<out>_strip.png`.
@@ -64,6 +65,7 @@ def edit_from_flags() -> dict[str, Any]:
         "keep_box": list(integers("keep_box", values["keep_box"])),
         "keep_ratio": list(ratios),
         "kept_as": values["kept_as"],
+        "num_candidates": values["num_candidates"],
     }
 
 
@@ -170,7 +172,12 @@ def main(_: Sequence[str]) -> None:
     )
     labels = request.labels(model)
     knowns = known_parts(request, model, images)
-    parts = [Part(labels, settings_of(request, model, known), known) for known in knowns]
+    # A recipe of an earlier version does not say it.
+    num_candidates = request.edit.get("num_candidates", 1)
+    model.check_num_candidates(num_candidates, labels)
+    parts = [
+        Part(labels, settings_of(request, model, known), known, num_candidates) for known in knowns
+    ]
     recipe = recipe_of("cfjax.edit", request, model, parts[0].settings) | {
         "source_sha256": checksum(images),
         "is_known_sha256": checksum(np.stack([known.is_known for known in knowns])),
@@ -186,7 +193,9 @@ def main(_: Sequence[str]) -> None:
     for part in np.flatnonzero(~is_there.all(axis=1)):  # an earlier run wrote them
         rows = [it[: len(shown)] for it in (labels, *parts[part].known)]
         settings, known = parts[part].settings, sampling.Known(*rows[1:])
-        batches = model.stream(rows[0], settings, request.seed, known=known)
+        batches = model.stream(
+            rows[0], settings, request.seed, known=known, num_candidates=num_candidates
+        )
         edited[part] = np.concatenate(list(batches))
     if jax.process_index() != 0:
         return
@@ -225,6 +234,11 @@ def define_flags() -> None:
         "clean",
         "How the model sees what is kept: clean, or noised as what is denoised beside it, so that a new"
         " class is heeded more.",
+    )
+    flags.DEFINE_integer(
+        "num_candidates",
+        1,
+        "Edits of each image, of which the one is kept that fits its class best.",
     )
 
 

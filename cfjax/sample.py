@@ -42,15 +42,17 @@ from cfjax.sampling_flags import (
 OF_REQUEST = (
     *("classes", "num_samples", "autoencoder", "guide"),
     *("images", "source_classes", "source_seed", "keep", "keep_box", "keep_ratio", "kept_as"),
+    "num_candidates",
 )
 
 
 class Part(NamedTuple):
-    """Images that are made in one way; `known` tokens are those of an edit."""
+    """Images that are made in one way; `known` tokens and `num_candidates` are those of an edit."""
 
     labels: np.ndarray
     settings: sampling.SamplingSettings
     known: sampling.Known | None = None
+    num_candidates: int = 1
 
 
 def stream_with_progress(
@@ -70,12 +72,15 @@ def stream_with_progress(
         disable=jax.process_index() != 0,
         file=sys.stderr,
     ) as bar:
-        for labels, settings, known in parts:
+        for labels, settings, known, num_candidates in parts:
             done, num_done = min(num_done, len(labels)), max(num_done - len(labels), 0)
             if done == len(labels):
                 continue
             rest = known and sampling.Known(*(rows[done:] for rows in known))
-            for images in model.stream(labels[done:], settings, seed, done, batch_size, rest):
+            batches = model.stream(
+                labels[done:], settings, seed, done, batch_size, rest, num_candidates
+            )
+            for images in batches:
                 bar.update(len(images))
                 yield images, labels[done : done + len(images)]
                 done += len(images)

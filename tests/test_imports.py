@@ -37,7 +37,7 @@ ROOMS = {
     "sampling": (
         [
             *("sampling", "guided_network", "denoising", "denoising_tables", "guidance"),
-            *("plans", "editing"),
+            *("plans", "editing", "class_evidence"),
         ],
         [GROUND, "models"],
     ),
