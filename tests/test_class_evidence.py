@@ -10,7 +10,7 @@ import tiny
 from autoencoders import make as make_autoencoder
 
 import cfjax
-from cfjax import build, class_evidence, sampling
+from cfjax import build, class_evidence, sampling, sharding
 from cfjax.data.images import to_uint8
 from cfjax.errors import UserError
 from cfjax.models.patches import unpatchify
@@ -82,7 +82,8 @@ def test_evidence_is_that_of_the_errors(network, prediction_type):
 
 def test_evidence_of_an_image_depends_on_its_class_and_key_alone(network):
     whole = evidence_of(network)
-    assert (evidence_of(network, labels=np.full(BATCH, 10)) == 0).all()  # of no class there is none
+    # Of no class there is none, but for rounding.
+    np.testing.assert_allclose(evidence_of(network, labels=np.full(BATCH, 10)), 0, atol=1e-6)
     assert (evidence_of(network, labels=LABELS + 1) != whole).all()
     assert (evidence_of(network, keys=keys_of(1)) != whole).all()
     tokens = np.concatenate([tokens_of()[:1], tokens_of(1)[1:]])
@@ -143,14 +144,18 @@ def candidates_of(model, images, labels, num_candidates, **options):
     return np.stack(made), np.stack(evidence)
 
 
-OPTIONS = {"num_ar_steps": 1, "denoising_steps": 3}
+OPTIONS = {"num_ar_steps": 1, "denoising_steps": 2}
+
+
+def load(workdir):
+    return cfjax.load(workdir, mesh=sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def test_an_edit_is_the_best_of_its_candidates(workdir):
     """And the same bytes in any batch, from wherever on. Sums of another number of rows round else."""
-    model = cfjax.load(workdir)
+    model = load(workdir)
     labels = [1, 2, 3, 4, 5]
-    images = model.generate(labels[::-1], num_ar_steps=1)
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), np.uint8)
     options = {"keep": "top", "kept_as": "noised", "seed": 4} | OPTIONS
     first, best = (model.edit(images, labels, num_candidates=n, **options) for n in (1, 4))
     made, evidence = candidates_of(model, images, labels, 4, **OPTIONS)
@@ -173,7 +178,7 @@ def test_latents_are_chosen_before_they_are_decoded(tmp_path):
     make_autoencoder(tmp_path / "vae")
     fields = {"data__size": 14, "data__channels": 2, "sampling__clip_x_start": False}
     fields["autoencoder__path"] = str(tmp_path / "vae")
-    model = cfjax.load(tiny.save_random_checkpoint(tmp_path / "run", **fields))
+    model = load(tiny.save_random_checkpoint(tmp_path / "run", **fields))
     images, labels = np.zeros((2, 28, 28, 1), np.uint8), [1, 2]
     best = model.edit(images, labels, "top", kept_as="noised", seed=4, num_candidates=3, **OPTIONS)
     made, evidence = candidates_of(model, images, labels, 3, **OPTIONS)
