@@ -23,6 +23,12 @@ GIB = 2**30
 
 XL = "--config=configs/imagenet256.py:xl"
 XL512 = "--config=configs/imagenet512.py"
+# Latents, as with any autoencoder of its scale: no file is read.
+CAPTIONS = [
+    "--config=configs/in1kcap256.py:{}",
+    "--topology=v5e:16x16",
+    "--config.autoencoder.path=kl16",
+]
 # Name of a row -> arguments of cfjax.preflight.
 ROWS = {
     "L 256²": ["--config=configs/imagenet256.py:l", "--topology=v5e:16x16"],
@@ -40,6 +46,8 @@ ROWS = {
     "XL 256², batch 128": [
         *(XL, "--topology=v5e:4x4", "--config.mesh.fsdp=4", "--config.train.global_batch_size=128")
     ],
+    "captions and images, L 256²": [it.format("l") for it in CAPTIONS],
+    "the same, `transfusion`": [it.format("transfusion") for it in CAPTIONS],
     "XL 256², remat none": [XL, "--topology=v5e:16x16", "--config.model.remat_policy=none"],
 }
 

@@ -364,26 +364,34 @@ def sampling_settings(
 
 
 def sequence_length(config: ConfigDict, num_clean: int | None = None) -> int:
-    """T, the tokens of one training sequence: condition, clean (by default the most), noised."""
+    """T, the tokens of one training sequence: condition, clean (by default the most), noised.
+
+    Of documents, the tokens for which a row has room: text, and all clean and noised ones of images.
+    """
     transformer = model(config)
-    clean = num_clean
-    if clean is None:
-        clean = max_clean_tokens(factorization(config), transformer.num_tokens)
     noised = config.diffusion.timesteps_per_ar_step * transformer.num_tokens
     if has_text(config):
-        clean = transformer.num_tokens
-        return config.text.tokens_per_row + config.text.images_per_row * (clean + noised)
-    return transformer.condition_length + clean + noised
+        room = slots(config)
+        return room.num_text + room.num_images * (transformer.num_tokens + noised)
+    if num_clean is None:
+        num_clean = max_clean_tokens(factorization(config), transformer.num_tokens)
+    return transformer.condition_length + num_clean + noised
 
 
 def training_forward_flops(config: ConfigDict, num_clean: int | None = None) -> int:
     """Model FLOPs of the forward pass over a global batch, by default with the most clean tokens."""
     transformer, diffusion = model(config), config.diffusion
-    if num_clean is None:
-        num_clean = max_clean_tokens(factorization(config), transformer.num_tokens)
     copies = diffusion.timesteps_per_ar_step
     is_shared = diffusion.timestep_sharing == "example"
     num_timesteps = copies if is_shared else copies * transformer.num_tokens
+    if has_text(config):
+        room = slots(config)
+        of_row = flops.document_forward_flops(
+            transformer, room.num_text, room.num_images, copies, num_timesteps
+        )
+        return config.train.global_batch_size * of_row
+    if num_clean is None:
+        num_clean = max_clean_tokens(factorization(config), transformer.num_tokens)
     return config.train.global_batch_size * flops.training_forward_flops(
         transformer, num_clean, copies, num_timesteps
     )

@@ -115,6 +115,61 @@ class DocumentSampler(Sampler):
         """A text for each image uint8 `[N, H, W, C]`; see `generate` for the options."""
         return self.generate(prompt=[[image] for image in images], what="text", **options)
 
+    def edit(
+        self,
+        images: np.ndarray,
+        labels: Sequence[int] | Sequence[str],
+        keep: str | np.ndarray,
+        *,
+        keep_box: Sequence[int] = (),
+        keep_ratio: float = 0.5,
+        kept_as: str = "clean",
+        seed: int = 0,
+        first_index: int = 0,
+        split_sizes: Sequence[int] = (),
+        **overrides: Any,
+    ) -> np.ndarray:
+        """Keeps a part of each image and generates the rest anew, after a caption or a class.
+
+        Args:
+          images: uint8 `[N, H, W, C]`, generated or one's own.
+          labels: a caption for each image, or a class; "" for none.
+          keep, keep_box, keep_ratio, kept_as, seed, first_index, split_sizes: see `Sampler.edit`.
+          **overrides: fields of `config.sampling`.
+
+        Returns:
+          uint8 `[N, H, W, C]`.
+
+        Raises:
+          UserError: see `Sampler.edit`; or a caption that is too long.
+        """
+        if not all(isinstance(label, str) for label in labels):
+            return super().edit(
+                *(images, labels, keep),
+                keep_box=keep_box,
+                keep_ratio=keep_ratio,
+                kept_as=kept_as,
+                seed=seed,
+                first_index=first_index,
+                split_sizes=split_sizes,
+                **overrides,
+            )
+        if len(labels) != len(images):
+            raise UserError(
+                f"there are {len(labels)} captions for {len(images)} images; pass one for each."
+            )
+        known = self.known_tokens(images, keep, keep_box, keep_ratio, seed, first_index)
+        settings = self.settings(overrides, split_sizes, int(known.is_known[0].sum()))
+        settings = dataclasses.replace(settings, kept_as=kept_as)
+        if not settings.num_generated:
+            return np.asarray(images)
+        prompts = as_documents([[label] for label in labels])
+        follow = [("image",)] * len(prompts)
+        edited = self.continue_documents(
+            prompts, follow, settings, None, seed, first_index, known=known
+        )
+        return np.stack([parts[0] for parts in edited])
+
     def text_sampling(self, options: dict[str, Any]) -> TextSampling:
         """How text is generated, with fields of `TextSampling` overridden.
 

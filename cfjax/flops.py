@@ -12,6 +12,7 @@ from jax.interpreters import partial_eval
 
 from cfjax.models.causal_fusion import CausalFusion
 from cfjax.models.layers import TIMESTEP_FEATURES
+from cfjax.models.multimodal import MultimodalCausalFusion
 
 
 def layer_flops(model: CausalFusion, num_queries: int, num_keys: int) -> int:
@@ -43,6 +44,31 @@ def training_forward_flops(
     length = model.condition_length + num_clean + num_noised
     layers = model.depth * layer_flops(model, length, length)
     return layers + end_flops(model, num_clean, num_noised, num_timesteps)
+
+
+def document_forward_flops(
+    model: MultimodalCausalFusion,
+    num_text: int,
+    num_images: int,
+    num_copies: int,
+    num_timesteps: int,
+) -> int:
+    """Of the forward pass over one row of documents without classes, its empty slots too.
+
+    Attention counts all pairs of tokens in the row, as it computes them, though a document sees itself
+    alone and its text and clean tokens see no noised ones.
+
+    Args:
+      model: the transformer.
+      num_text, num_images: slots of a row.
+      num_copies: noised copies of each image.
+      num_timesteps: timesteps that are embedded for each image.
+    """
+    num_clean = num_images * model.num_tokens
+    length = num_text + num_clean * (1 + num_copies)
+    layers = model.depth * layer_flops(model, length, length)
+    ends = end_flops(model, num_clean, num_clean * num_copies, num_images * num_timesteps)
+    return layers + ends + 2 * num_text * model.width * model.vocabulary_size
 
 
 def sampling_flops(

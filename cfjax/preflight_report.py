@@ -9,7 +9,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cfjax import build, clean_lengths, sampler, sampling, sharding
+from cfjax.build_documents import has_text, slots
 from cfjax.compiled_report import program_report
+from cfjax.errors import UserError
 from cfjax.flops import sampling_flops
 from cfjax.tpu_topology import Chip
 
@@ -31,10 +33,11 @@ def train_report(
       chip: its limits.
       all_buckets: compile all programs instead of the one with the most clean tokens.
       assumed_mfu: share of the chips' peak that the model's FLOPs are assumed to reach.
-      examples_per_epoch: what counts as an epoch.
+      examples_per_epoch: images of what counts as an epoch.
 
     Returns:
-      Plain values for JSON.
+      Plain values for JSON. Of documents, "row" is what a row has room for, and the rates are those of
+      full rows.
 
     Raises:
       UserError: a config that can't be trained.
@@ -42,7 +45,7 @@ def train_report(
     program = build.train_program(config, mesh)
     lengths = program.clean_lengths
     probabilities = clean_lengths.clean_length_probabilities(
-        program.settings.objective.factorization, program.settings.model.num_tokens
+        build.factorization(config), program.settings.model.num_tokens
     )
     shares = clean_lengths.length_probabilities(probabilities, lengths).tolist()
     model_flops = [3 * build.training_forward_flops(config, length) for length in lengths]
@@ -63,11 +66,17 @@ def train_report(
     expected_flops = sum(p * flops for p, flops in zip(shares, model_flops, strict=True))
     seconds = expected_flops / (assumed_mfu * mesh.size * chip.peak_flops)
     images_per_second = config.train.global_batch_size / seconds
+    of_documents = {}
+    if has_text(config):
+        room = slots(config)
+        images_per_second *= room.num_images
+        of_documents["row"] = {"text_tokens": room.num_text, "images": room.num_images}
     return {
         "what": "train",
         "fits": all(it["fits"] for it in programs),
         "num_parameters": num_parameters(program.abstract_state.params),
         "batch_size": config.train.global_batch_size,
+        **of_documents,
         "programs": programs,
         "assumption": {
             "mfu": assumed_mfu,
@@ -94,8 +103,13 @@ def sample_report(
       Plain values for JSON.
 
     Raises:
-      UserError: a config that can't be sampled.
+      UserError: a config that can't be sampled, or a model of documents.
     """
+    if has_text(config):
+        raise UserError(
+            "--what=sample knows the sampler of single images alone, and text.tokenizer makes this a"
+            " model of documents; use --what=train."
+        )
     batch_size = -(-batch_size // mesh.size) * mesh.size
     model = build.sampling_model(config)
     settings = build.sampling_settings(config)

@@ -17,7 +17,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         f"Compiled by {versions}. It did not run: nothing here is a measured speed.",
         "",
         f"parameters   {report['num_parameters'] / 1e6:,.1f} M",
-        f"batch        {report['batch_size']:,} images",
+        f"batch        {report['batch_size']:,} {_examples(report)}",
     ]
     for program in report["programs"]:
         lines += ["", *_program_lines(program)]
@@ -25,6 +25,13 @@ def report_text(report: Mapping[str, Any]) -> str:
     if not report["fits"]:
         lines += ["", *_mend_lines(report["mend"])]
     return "\n".join(lines) + "\n"
+
+
+def _examples(report: Mapping[str, Any]) -> str:
+    if "row" not in report:
+        return "images"
+    text, images = report["row"]["text_tokens"], report["row"]["images"]
+    return f"rows of {text} text tokens and {images} image{'s' if images > 1 else ''}"
 
 
 def _program_lines(program: Mapping[str, Any]) -> list[str]:

@@ -79,7 +79,7 @@ class Sampler:
 
     def generate(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] = (),
         *,
         seed: int = 0,
         first_index: int = 0,
@@ -87,7 +87,7 @@ class Sampler:
         split_sizes: Sequence[int] = (),
         **overrides: Any,
     ) -> np.ndarray:
-        """Generates an image for each label.
+        """Generates an image for each label; a prompt needs a model of documents.
 
         Args:
           labels: class of each image; `num_classes` for none.
@@ -105,10 +105,26 @@ class Sampler:
         Raises:
           UserError: an unknown field, or a value out of range.
         """
+        if "prompt" in overrides:
+            raise UserError(
+                "the model has no text head and takes no prompt; pass labels, or load one that was"
+                " trained with text.tokenizer."
+            )
         settings = self.settings(overrides, split_sizes)
         labels = self.check_labels(labels)
         batches = self.stream(labels, settings, seed, first_index, batch_size)
         return np.concatenate(list(batches))
+
+    def caption(self, images: np.ndarray, **options: Any) -> list[str]:
+        """A text for each image; see `DocumentSampler.caption`.
+
+        Raises:
+          UserError: the model has no text head.
+        """
+        raise UserError(
+            "the model has no text head and can't write captions; load one that was trained with"
+            " text.tokenizer."
+        )
 
     def edit(
         self,

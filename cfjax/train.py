@@ -11,11 +11,7 @@ goes on from the one before it, says so, and keeps the damaged one as `<train st
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -31,27 +27,24 @@ from cfjax import (
     sharding,
     train_evaluation,
     train_loop,
+    train_pictures,
 )
 from cfjax.autoencoder_files import Autoencoder
 from cfjax.config_loading import define_config_flag
-from cfjax.data.images import to_uint8
+from cfjax.data.document_rows import PackedDocuments
 from cfjax.data.sources import SPLITS
 from cfjax.errors import UserError
 from cfjax.mesh_autoencoder import MeshAutoencoder
-from cfjax.models.patches import unpatchify
-from cfjax.rng import per_example_keys, stream_key
-from cfjax.sampling import generate
 from cfjax.train_loop import TrainStep
 from cfjax.train_state import TrainState
 from cfjax.train_step import TrainProgram
-from cfjax.visualization import image_grid
 
 
 def train(config: ConfigDict, workdir: str) -> TrainState:
     """Trains to the end, resuming from the workdir's last checkpoint.
 
     Args:
-      config: see `configs/default.py`.
+      config: see `configs/default.py`; of documents, its `text.checksum` is set.
       workdir: of the run; on several hosts, on storage that all share.
 
     Returns:
@@ -68,6 +61,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
     train_evaluation.check(config)
     loaded = build_data.autoencoder(config)
     if build_documents.has_text(config):
+        config.text.checksum = build_documents.tokenizer(config).checksum
         source = build_documents.documents(config, "train", loaded)
     else:
         source = build_data.source(config, "train", loaded)
@@ -77,6 +71,12 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
             "Splash attention is made for TPUs and is interpreted here, very slowly; add"
             " --config.model.attention=fused."
         )
+
+    def picture(state):
+        if isinstance(source, PackedDocuments):
+            return train_pictures.of_documents(config, state.ema_params, mesh, autoencoder, source)
+        return train_pictures.of_classes(config, state.ema_params, autoencoder)
+
     settings = train_program.settings
     init = build.init_state(settings.model, settings.optimizer)
     training = train_loop.Training(
@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: str) -> TrainState:
         abstract_state=train_program.abstract_state,
         compile=lambda first: _train_steps(train_program, first, autoencoder),
         description=f"{build.sequence_length(config)} tokens a sequence",
-        picture=lambda state: _sample_grid(config, state.ema_params, autoencoder),
+        picture=picture,
         picture_name="samples",
         scores=_scores(config, mesh, autoencoder, loaded, workdir),
         is_best_by_score=config.train.keep_best_metric in train_evaluation.METRICS,
@@ -114,6 +114,11 @@ def _scores(
     """What scores a state, if anything does."""
     if not config.evaluation.every:
         return None
+    if build_documents.has_text(config):
+        raise UserError(
+            "evaluation.every is for models of classes; set it to 0, and score documents afterwards"
+            " with cfjax.evaluate_documents."
+        )
     sources = None
     if not (config.evaluation.inception_weights and config.evaluation.reference):
         if config.data.name == "latents":
@@ -165,21 +170,6 @@ def _encoding(train_step: TrainStep, autoencoder: MeshAutoencoder | None) -> Tra
         return train_step(state, batch)
 
     return encode_and_train
-
-
-def _sample_grid(
-    config: ConfigDict, params: Any, autoencoder: MeshAutoencoder | None
-) -> np.ndarray:
-    """uint8 picture of one sample a class, of at most 10 classes."""
-    model = build.sampling_model(config)
-    labels = np.arange(min(10, config.data.num_classes))
-    settings = build.sampling_settings(config)
-    keys = per_example_keys(stream_key(config.seed, "samples"), jnp.arange(len(labels)))
-    tokens = generate(model, params, settings, jnp.asarray(labels), keys)
-    images = np.asarray(unpatchify(jax.device_get(tokens), config.model.patch_size, model.grid))
-    if autoencoder is not None:
-        images = autoencoder.decode_all(images)
-    return image_grid(to_uint8(images), num_columns=len(labels))
 
 
 def main(_: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from cfjax import build, checkpoints, preemption, processes, program, sharding
 from cfjax.config_loading import changed_keys, config_to_json
 from cfjax.data.loader import TrainLoader
 from cfjax.data.sources import Source
+from cfjax.errors import UserError
 from cfjax.metric_log import MetricLog
 from cfjax.optimizer import learning_rate_schedule
 from cfjax.rng import stream_key
@@ -84,6 +85,11 @@ def run(training: Training, config: ConfigDict, workdir: str) -> TrainState:
     else:
         state, examples_seen = restored
         for change in changed_keys(checkpoints.read_config(workdir), config):
+            if change.startswith("text.checksum:"):
+                raise UserError(
+                    f"the run in {workdir} was begun with another tokenizer ({change}); pass that one as"
+                    " text.tokenizer, or another workdir."
+                )
             logging.warning("The config differs from the checkpoint's: %s.", change)
     logging.info(
         "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)

@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initialization, data order and drawn latents
 
     config.data = shared.data
+    for of_documents in ("scene_grid", "sequence_length", "num_examples", "image_to_text_share"):
+        del config.data[of_documents]
     config.data.size = 256
 
     config.autoencoder = ConfigDict()

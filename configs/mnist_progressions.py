@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.model.width = 128
     config.model.depth = 6
     config.model.patch_size = 7
+    config.model.num_condition_tokens = 1  # of no class, which no document has
 
     config.loss.text_loss_weight = 0.1
     config.optimizer.ema_decay = 0.998

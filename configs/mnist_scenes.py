@@ -2,16 +2,28 @@
 
     python -m cfjax.train --config configs/mnist_scenes.py --workdir runs/mnist_scenes
 
+Variants, as in the paper's Table 6a and to compare with:
+
+| variant | trained on |
+|---|---|
+| `joint` | captions before images and after them, half of the time each |
+| `text_to_image`, `image_to_text` | one of the two, in half as many train steps |
+| `transfusion` | as `joint`, with all tokens of an image in one AR step |
+
 Hardware: 2 CPU cores.
 """
 
 from ml_collections import ConfigDict
 
+from cfjax.errors import check_choice
 from configs import mnist
 
+VARIANTS = ("joint", "text_to_image", "image_to_text", "transfusion")
 
-def get_config() -> ConfigDict:
-    """The quick start's model with text, on embedded scenes."""
+
+def get_config(variant: str = "joint") -> ConfigDict:
+    """The quick start's model with text, on embedded scenes; one of the variants above."""
+    check_choice("variant", variant, VARIANTS)
     config = mnist.get_config()
 
     config.data.name = "scenes"
@@ -26,6 +38,7 @@ def get_config() -> ConfigDict:
     config.model.width = 128
     config.model.depth = 6
     config.model.patch_size = 8
+    config.model.num_condition_tokens = 1  # of no class, which no document has
 
     config.loss.text_loss_weight = 0.1
 
@@ -34,4 +47,10 @@ def get_config() -> ConfigDict:
     config.train.global_batch_size = 32  # rows of 2 documents
     config.train.num_train_steps = 5_500
 
+    if variant in ("text_to_image", "image_to_text"):
+        config.data.image_to_text_share = float(variant == "image_to_text")
+        config.train.num_train_steps //= 2
+    elif variant == "transfusion":
+        config.factorization.mode = "diffusion"
+        config.loss.ar_loss_weight = 1.0
     return config

@@ -3,7 +3,7 @@
 | WHAT | ARGUMENT | |
 |---|---|---|
 | `record` | folder | which example of the source each process reads, in `<folder>/<process>.<pid>` |
-| `record_epoch` | folder | `record` with an epoch of 112 examples, and digests of saved and |
+| `record_epoch` | folder | `record` (of documents, of rows) with an epoch of 112, and digests of saved and |
 | | | restored states in `<folder>/<train step>.{saved,restored}` |
 | `nan` | index | the image of that example is NaN |
 | `unreadable` | process | from its 12th batch on, this process can't read images |
@@ -50,15 +50,33 @@ def wrap_source(images_at):
     )
 
 
+def write_indices(folder, indices):
+    import jax
+
+    with open(f"{folder}/{jax.process_index()}.{os.getpid()}", "a") as file:
+        file.write(" ".join(map(str, np.asarray(indices))) + "\n")
+
+
 def record(folder):
     def images_at(indices, images):
-        import jax
-
-        with open(f"{folder}/{jax.process_index()}.{os.getpid()}", "a") as file:
-            file.write(" ".join(map(str, np.asarray(indices))) + "\n")
+        write_indices(folder, indices)
         return images
 
     wrap_source(images_at)
+
+
+def record_rows(folder):
+    """`record` of documents, of which a row is an example."""
+    from cfjax.data.document_rows import PackedDocuments
+
+    length, rows_at = PackedDocuments.__len__, PackedDocuments.rows_at
+
+    def recorded(documents, indices, positions):
+        write_indices(folder, indices)
+        return rows_at(documents, indices, positions)
+
+    PackedDocuments.__len__ = lambda documents: min(length(documents), Wrapped.max_examples)
+    PackedDocuments.rows_at = recorded
 
 
 def record_epoch(folder):
@@ -66,6 +84,7 @@ def record_epoch(folder):
 
     Wrapped.max_examples = 112
     record(folder)
+    record_rows(folder)
     save, restore = checkpoints.CheckpointWriter.save, checkpoints.restore_newest
 
     def saving(writer, state, *args):

@@ -46,11 +46,20 @@ class Run:
     """A context manager; its processes do not outlive it."""
 
     def __init__(
-        self, workdir, *, num_processes=1, num_devices=1, fault=(), workdir_flag=None, **overrides
+        self,
+        workdir,
+        *,
+        num_processes=1,
+        num_devices=1,
+        fault=(),
+        workdir_flag=None,
+        flags_of=tiny.flags,
+        **overrides,
     ):
         """Starts the processes, each with `num_devices` virtual ones.
 
-        What they say goes to `workdir`, which is the program's too, unless `workdir_flag` is.
+        What they say goes to `workdir`, which is the program's too, unless `workdir_flag` is. The
+        config is that of `flags_of` with overrides.
         """
         self.workdir = workdir
         environment = os.environ | {
@@ -60,7 +69,7 @@ class Run:
             "PYTHONPATH": os.pathsep.join([str(tiny.REPOSITORY), *sys.path]),
         }
         program = [FAULTY, *map(str, fault)] if fault else ["-m", "cfjax.train"]
-        command = [sys.executable, *program, *tiny.flags(**overrides)]
+        command = [sys.executable, *program, *flags_of(**overrides)]
         command.append(f"--workdir={workdir_flag or workdir}")
         address = f"--coordinator_address=localhost:{free_port()}"
         several = [address, f"--num_processes={num_processes}"] if num_processes > 1 else []

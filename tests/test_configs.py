@@ -9,10 +9,12 @@ import tiny
 import tiny_features
 from ml_collections import ConfigDict
 
-from cfjax import build, evaluation_inputs, train_autoencoder
+from cfjax import build, build_documents, evaluation_inputs, train_autoencoder
 from cfjax.autoencoder_train_step import compile_train_step
 from cfjax.config_loading import load_config
+from cfjax.data import progressions, scenes, transforms
 from cfjax.data.image_files import write_npz
+from cfjax.documents import ImageSegment, TextSegment, items_of, lay_out
 from cfjax.errors import UserError
 from cfjax.models.causal_fusion import SIZES
 from cfjax.sharding import abstract_sharded, batch_sharding, born_sharded, make_mesh
@@ -31,6 +33,17 @@ VARIANTS = [
     "imagenet256.py:in_context_dit",
     "imagenet512.py",
 ]
+# Of documents.
+DOCUMENTS = [
+    "mnist_scenes.py",
+    "mnist_scenes.py:text_to_image",
+    "mnist_scenes.py:image_to_text",
+    "mnist_scenes.py:transfusion",
+    "mnist_progressions.py",
+    "mnist_transforms.py",
+    "in1kcap256.py:l",
+    "in1kcap256.py:transfusion",
+]
 # Of `cfjax.train_autoencoder`; they start from `default_autoencoder.py`.
 AUTOENCODERS = ["mnist_autoencoder.py"]
 
@@ -41,17 +54,39 @@ def load(name):
 
 def test_all_configs_are_tested():
     files = {path.name for path in tiny.CONFIGS.glob("*.py")}
-    tested = {name.split(":")[0] for name in VARIANTS + AUTOENCODERS}
+    tested = {name.split(":")[0] for name in VARIANTS + DOCUMENTS + AUTOENCODERS}
     assert files == tested | {"default.py", "default_autoencoder.py"}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_config_takes_a_train_step_when_shrunk(name):
     config = load(name)
+    config.data.num_classes = 3
+    config.autoencoder.scale = 1.0  # without it, it is asked of the autoencoder
+    assert_takes_a_train_step(config)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_config_of_documents_takes_a_train_step_when_shrunk(name):
+    config = load(name)
+    if config.data.name == "captioned_array_record":
+        config.autoencoder.path = "kl16"
+    config.text.update({"max_length": 3, "tokens_per_row": 7, "images_per_row": 2})
+    room = build_documents.slots(config)
+    document = (ImageSegment(np.zeros((1, 1, 1), np.uint8)), TextSegment("ab"))
+    vocabulary = build_documents.vocabulary(config)
+    encode = build_documents.tokenizer(config).encode
+    items = items_of(document, vocabulary, encode, config.text.max_length)
+    row = lay_out([items], room, (1, 1, 1))
+    del row["image"]
+    assert_takes_a_train_step(config, {key: np.stack([it, it]) for key, it in row.items()})
+
+
+def assert_takes_a_train_step(config, rows=None):
+    """On a batch of two, whose images are those of `rows`, which may be documents."""
     build.sampling_settings(config)
     config.model.update({"width": 16, "depth": 1, "num_heads": 2, "num_condition_tokens": 2})
-    config.data.update({"size": 2 * config.model.patch_size, "num_classes": 3})
-    config.autoencoder.scale = 1.0  # without it, it is asked of the autoencoder
+    config.data.size = 2 * config.model.patch_size
     config.optimizer.warmup_steps = 0
     config.train.update({"global_batch_size": 2, "clean_length_buckets": 1})
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -64,11 +99,13 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
         name: jnp.linspace(-1, 1, leaf.size).reshape(leaf.shape).astype(leaf.dtype)
         for name, leaf in train_program.abstract_batch.items()
     }
-    batch = jax.device_put(batch, batch_sharding(mesh))
+    batch = jax.device_put(batch | (rows or {}), batch_sharding(mesh))
     (num_clean,) = train_program.clean_lengths
     after, totals = train_program.compile(num_clean)(state, batch)
     assert np.isfinite(totals["loss"][0])
     assert np.abs(after.params["final_projection"]["bias"] - before).max() > 0
+    if rows:
+        assert np.isfinite(totals["loss/text"][0]) and totals["loss/text"][0] > 0
 
 
 @pytest.mark.parametrize(
@@ -101,6 +138,7 @@ def test_an_autoencoder_config_takes_a_train_step_when_shrunk(name):
         ("imagenet256.py:h48", "h48", 256, 64, 500_000),
         ("imagenet256.py:ablation", "l", 256, 4, 150_137),
         ("imagenet512.py", "xl", 256, 64, 500_000),
+        ("in1kcap256.py:l", "l", 256, 1, 500_000),
     ],
 )
 def test_paper_configs(name, size, num_tokens, condition, num_train_steps):
@@ -171,7 +209,28 @@ def test_every_field_is_read(tmp_path, monkeypatch):
     for name, change in (("pixels", {}), ("latents", latents)):
         config = tiny.config(**overrides, **change)
         train(Recorder(config, read), tmp_path / name)
+    monkeypatch.setitem(scenes.DEFAULT_NUM_SCENES, "train", 100)
+    train(Recorder(tiny.document_config(train__num_train_steps=2), read), tmp_path / "documents")
+    for name, sequences in (("progressions", progressions), ("transforms", transforms)):
+        monkeypatch.setitem(sequences.DEFAULT_NUM_SEQUENCES, "train", 20)
+        config = load(f"mnist_{name}.py")
+        build_documents.documents(Recorder(config, read), "train")
     assert read == set(dotted_keys(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "names"),
+    [
+        ("captioned_array_record", "CaptionedRecordSource", ()),
+        ("captioned_tfds", "TfdsCaptionsSource", ("a_set",)),
+    ],
+)
+def test_paths_of_captioned_sets_are_read(monkeypatch, name, source, names):
+    config = load("in1kcap256.py:l")
+    config.data.update({"name": name, "path": "somewhere", "tfds_name": "a_set"})
+    monkeypatch.setattr(build_documents, source, lambda *arguments: arguments)
+    expected = (*names, "somewhere", "held_out", 256, 3, "refuse")
+    assert build_documents.source(config, "held_out", 256, 3) == expected
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import runs
+import tiny
 
 from cfjax.metric_log import read_metrics
 
@@ -15,7 +16,7 @@ EPOCH = LAST * runs.BATCH  # as `faulty_train.py record_epoch` cuts the data
 pytestmark = [pytest.mark.long, pytest.mark.multiprocess]
 
 
-def train(folder, num_processes, num_devices, last):
+def train(folder, num_processes, num_devices, last, flags_of=tiny.flags):
     """Trains in `folder / "run"`, what is read recorded in `folder / "record"`; what it said."""
     record = folder / "record"
     record.mkdir()
@@ -24,6 +25,7 @@ def train(folder, num_processes, num_devices, last):
         num_processes=num_processes,
         num_devices=num_devices,
         fault=("record_epoch", record),
+        flags_of=flags_of,
         train__num_train_steps=last,
         train__checkpoint_every=SAVED_AT,
         train__log_every=1,
@@ -50,26 +52,34 @@ def batches_read(folder, num_processes):
     return np.sort(np.concatenate(np.array(parts, int), axis=1))
 
 
+@pytest.fixture(
+    scope="module", params=[tiny.flags, tiny.document_flags], ids=["images", "documents"]
+)
+def flags_of(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, flags_of):
     """A run of 2 processes of 4 devices that has ended with its checkpoint of train step 3."""
     folder = tmp_path_factory.mktemp("saved")
-    train(folder, 2, 4, SAVED_AT)
+    train(folder, 2, 4, SAVED_AT, flags_of)
     return folder
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(tmp_path_factory, flags_of):
     """The same run to its end."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    train(folder, 2, 4, LAST)
+    train(folder, 2, 4, LAST, flags_of)
     return folder
 
 
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(1, 8), (1, 1), (4, 2)])
-def test_resumed_elsewhere(num_processes, num_devices, saved, uninterrupted, tmp_path):
+def test_resumed_elsewhere(num_processes, num_devices, flags_of, saved, uninterrupted, tmp_path):
+    """Of documents a row is an example."""
     shutil.copytree(saved / "run", tmp_path / "run")
-    said = train(tmp_path, num_processes, num_devices, LAST)
+    said = train(tmp_path, num_processes, num_devices, LAST, flags_of)
     assert re.search(rf"resuming after train step {SAVED_AT}\b", said), said
     assert digest(tmp_path, "restored") == digest(saved, "saved")  # the same bits
 

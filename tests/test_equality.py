@@ -69,10 +69,8 @@ def mesh_overrides(sizes):
     return OVERRIDES | {f"mesh__{axis}": size for axis, size in sizes.items()}
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def save_start(config, workdir):
     """A checkpoint of train step 0."""
-    config = tiny.config(**OVERRIDES)
     mesh = sharding.make_mesh()
     program = build.train_program(config, mesh)
     init = build.init_state(program.settings.model, program.settings.optimizer)
@@ -81,10 +79,14 @@ def start(tmp_path_factory):
     random = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), random, state.params)
     state = state.replace(params=random, ema_params=jax.tree.map(np.copy, random))
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.abstract_state))
-    workdir = tmp_path_factory.mktemp("start")
     with checkpoints.CheckpointWriter(workdir, keep_last=1) as writer:
         writer.save(state, config_to_json(config), 0)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return save_start(tiny.config(**OVERRIDES), tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture
@@ -101,8 +103,8 @@ def on_one_device(start, tmp_path_factory):
     return workdir
 
 
-def restored(workdir, train_step):
-    program = build.train_program(tiny.config(**OVERRIDES), sharding.make_mesh())
+def restored(workdir, train_step, config):
+    program = build.train_program(config, sharding.make_mesh())
     state, examples_seen = checkpoints.restore_state(workdir, program.abstract_state, train_step)
     assert examples_seen == 16 * train_step
     return jax.device_get(state)
@@ -118,13 +120,15 @@ def assert_alike(tree, expected):
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6 * largest, err_msg=name)
 
 
-def assert_same_training(workdir, expected):
+def assert_same_training(workdir, expected, config, names=("loss", "gradient_norm")):
     metrics = [read_metrics(folder) for folder in (workdir, expected)]
     assert [line["train_step"] for line in metrics[1]] == [1, 2, 3, 4, 5]
     for line, other in zip(*metrics, strict=True):
-        for name in ("loss", "gradient_norm"):
+        for name in names:
             np.testing.assert_allclose(line[name], other[name], rtol=1e-5, err_msg=name)
-    first, last = ([restored(folder, step) for folder in (workdir, expected)] for step in (1, 5))
+    first, last = (
+        [restored(folder, step, config) for folder in (workdir, expected)] for step in (1, 5)
+    )
     # Adam's first moment after one train step is a tenth of the gradients, clipped.
     moments = [state.opt_state[1][0].mu for state in first]
     assert_alike(*moments)
@@ -135,14 +139,50 @@ def assert_same_training(workdir, expected):
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_train_steps_are_the_same_on_a_mesh(on_one_device, workdir, sizes):
     train(tiny.config(**mesh_overrides(sizes)), workdir)
-    assert_same_training(workdir, on_one_device)
+    assert_same_training(workdir, on_one_device, tiny.config(**OVERRIDES))
 
 
 @pytest.mark.multiprocess
 def test_train_steps_are_the_same_on_two_processes(on_one_device, workdir):
     overrides = mesh_overrides(TWO_PROCESSES_MESH)
     run(TWO_PROCESSES, "train", *tiny.flags(**overrides), f"--workdir={workdir}")
-    assert_same_training(workdir, on_one_device)
+    assert_same_training(workdir, on_one_device, tiny.config(**OVERRIDES))
+
+
+@pytest.fixture(scope="module")
+def documents_on_one_device(tmp_path_factory):
+    """The same of a model of documents, which has its checkpoint of train step 0 too."""
+    workdir = tmp_path_factory.mktemp("documents")
+    save_start(tiny.document_config(**OVERRIDES), workdir)
+    run(ONE_DEVICE, "train", *tiny.document_flags(**OVERRIDES), f"--workdir={workdir}")
+    return workdir
+
+
+def start_of_documents(expected, workdir):
+    shutil.copytree(expected / "checkpoints/0", workdir / "checkpoints/0")
+    return workdir
+
+
+def assert_same_training_of_documents(workdir, expected):
+    names = ("loss", "loss/image", "loss/text", "gradient_norm")
+    assert_same_training(workdir, expected, tiny.document_config(**OVERRIDES), names)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_train_steps_of_documents_are_the_same_on_a_mesh(documents_on_one_device, tmp_path, sizes):
+    start_of_documents(documents_on_one_device, tmp_path)
+    train(tiny.document_config(**mesh_overrides(sizes)), tmp_path)
+    assert_same_training_of_documents(tmp_path, documents_on_one_device)
+
+
+@pytest.mark.long
+@pytest.mark.multiprocess
+def test_train_steps_of_documents_are_the_same_on_two_processes(documents_on_one_device, tmp_path):
+    start_of_documents(documents_on_one_device, tmp_path)
+    overrides = mesh_overrides(TWO_PROCESSES_MESH)
+    run(TWO_PROCESSES, "train", *tiny.document_flags(**overrides), f"--workdir={tmp_path}")
+    assert_same_training_of_documents(tmp_path, documents_on_one_device)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parent.parent
 GROUND = "ground floor"
 PROGRAMS = [
     *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
-    *("sample", "edit", "draw", "prepare_images"),
+    *("sample", "edit", "draw", "prepare_images", "prepare_captions"),
     *("evaluate", "evaluation_inputs", "evaluation_rows", "evaluation_sweep"),
     *("reference_stats", "train_evaluation"),
     *("sampling_flags", "generation_request"),
@@ -25,6 +25,7 @@ ROOMS = {
     GROUND: (
         [
             *("errors", "rng", "sharding", "factorization", "clean_lengths", "diffusion"),
+            *("documents", "document_masks"),
             *("paths", "checkpoint_folders", "checkpoint_retention", "checkpoint_metadata"),
             *("preemption", "processes", "tensor_files"),
         ],
@@ -32,12 +33,16 @@ ROOMS = {
     ),
     "models": (["models", "flops"], [GROUND]),
     "compiler": (["tpu_topology", "collectives", "compiled_report"], [GROUND, "models"]),
-    "objective": (["objective", "autoencoder_objective"], [GROUND, "models"]),
+    "objective": (
+        ["objective", "document_objective", "autoencoder_objective"],
+        [GROUND, "models"],
+    ),
     "optimizer": (["optimizer"], [GROUND]),
     "sampling": (
         [
             *("sampling", "guided_network", "denoising", "denoising_tables", "guidance"),
-            *("plans", "editing", "class_evidence"),
+            *("plans", "editing", "text_sampling", "document_sampling", "beam_search"),
+            "class_evidence",
         ],
         [GROUND, "models"],
     ),
@@ -59,14 +64,14 @@ ROOMS = {
         [GROUND, "models", "objective", "storage"],
     ),
     "build": (
-        ["build", "build_data"],
+        ["build", "build_data", "build_documents"],
         [
             *(GROUND, "models", "objective", "optimizer", "sampling", "storage", "train step"),
             *("data", "autoencoder files"),
         ],
     ),
     "sampler": (
-        ["sampler", "model_loading"],
+        ["sampler", "document_sampler", "model_loading"],
         [
             *(GROUND, "models", "sampling", "storage", "data", "config", "build"),
             "autoencoder files",
@@ -98,7 +103,7 @@ LIBRARIES = {
     "tqdm": None,
     "flax": [
         *("sharding", "train_state", "models", "autoencoder_files", "lpips_files"),
-        *("inception_files", "convert", "evaluation"),
+        *("inception_files", "convert", "evaluation", "document_sampling"),
     ],
     "optax": [
         *("optimizer", "train_state", "train_step", "autoencoder_train_step"),
@@ -110,7 +115,7 @@ LIBRARIES = {
     ],
     "orbax": ["checkpoints", "checkpoint_weights", "processes"],
     "ml_collections": [
-        *("config_loading", "build", "build_data", "sampler", "model_loading"),
+        *("config_loading", "build", "build_data", "build_documents", "sampler", "model_loading"),
         *("convert.__main__", "convert.new_run"),
         *PROGRAMS,
     ],
@@ -118,7 +123,9 @@ LIBRARIES = {
     "grain": ["data"],
     "array_record": ["data"],
     "ml_dtypes": ["data.latents"],
-    "tensorflow_datasets": ["data.tfds_images"],
+    "tensorflow_datasets": ["data.tfds_images", "data.tfds_captions"],
+    "tokenizers": ["data.tokenizers"],
+    "sentencepiece": ["data.tokenizers"],
     "PIL": ["data", "visualization"],
     "clu": PROGRAMS,
     "matplotlib": ["visualization"],
@@ -128,9 +135,12 @@ LIBRARIES = {
 NOT_IN = {
     "jax": [
         *("errors", "paths", "checkpoint_folders", "checkpoint_retention"),
-        "diffusion.schedule",
+        *("diffusion.schedule", "documents"),
     ],
-    "absl": ["errors", "rng", "factorization", "diffusion", "models", "objective", "sampling"],
+    "absl": [
+        *("errors", "rng", "factorization", "diffusion", "documents", "document_masks"),
+        *("models", "objective", "document_objective", "sampling"),
+    ],
 }
 
 

@@ -113,6 +113,33 @@ def test_xl_on_a_pod():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("variant", ["l", "transfusion"])
+def test_captions_and_images_on_a_pod(variant):
+    report = preflight(
+        f"configs/in1kcap256.py:{variant}",
+        "--topology=v5e:16x16",
+        "--config.autoencoder.path=kl16",  # named for its latents; no file is read
+    )
+    (program,) = report["programs"]
+    assert report["num_chips"] == 256 and report["batch_size"] == 2048
+    assert report["row"] == {"text_tokens": 260, "images": 1}
+    assert program["num_clean"] == 256
+    assert program["memory"]["peak"] < 5 * GIB
+    assert 1.0 < program["flops"]["ratio"] <= 1.02
+    assert all(it["async_count"] == it["count"] for it in gathers_in_loops(report))
+    assert program["largest_collective"]["bytes"] <= 20e6
+
+
+@pytest.mark.long
+def test_captions_sampler_is_refused():
+    arguments = ["--topology=v5e:2x2", "--what=sample"]
+    result = python("-m", "cfjax.preflight", "--config=configs/in1kcap256.py", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "text.tokenizer makes this a model of documents" in result.stderr
+
+
+@pytest.mark.long
 def test_xl_with_eight_images_a_chip():
     report = preflight(
         "configs/imagenet256.py:xl",

@@ -74,6 +74,25 @@ def autoencoder_flags(**overrides):
     return _as_flags("mnist_autoencoder.py", AUTOENCODER_OVERRIDES, overrides)
 
 
+DOCUMENT_OVERRIDES = OVERRIDES | {
+    "model.patch_size": 16,
+    "model.num_condition_tokens": 1,
+    "text.tokens_per_row": 96,
+    "train.global_batch_size": 16,
+}
+
+
+def document_config(**overrides):
+    """Like `config`, of captioned scenes: rows of 96 text tokens and 2 images of 4 tokens."""
+    dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+    return load_config(str(CONFIGS / "mnist_scenes.py"), DOCUMENT_OVERRIDES | dotted)
+
+
+def document_flags(**overrides):
+    """The same as command-line flags."""
+    return _as_flags("mnist_scenes.py", DOCUMENT_OVERRIDES, overrides)
+
+
 def random_params(model):
     """Parameters without the zeros of an initialization, so that every part of the model matters."""
     shapes = meta.unbox(jax.eval_shape(build.init_params(model), jax.random.key(0)))

@@ -140,6 +140,14 @@ class PackedDocuments:
             rows.append(lay_out(items, self.slots, self.image_shape))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def prompts(self, count: int) -> list[Document]:
+        """The first documents without what is to be generated: captions, or all images but the last."""
+        indices = np.arange(min(count, self._num_documents))
+        if self.is_captioned:
+            return [(TextSegment(self._source.captions[index]),) for index in indices]
+        sequences = self._source.sequences_at(indices)
+        return [tuple(ImageSegment(image) for image in images[:-1]) for images in sequences]
+
     def _document(self, index: int, images: np.ndarray, rng: np.random.Generator) -> Document:
         if not self.is_captioned:
             return tuple(ImageSegment(image) for image in images)
