@@ -349,16 +349,16 @@ def sampling_settings(
             num_timesteps=diffusion.num_timesteps,
         ),
     )
-    if settings.is_guided and has_text(config) and not config.loss.text_dropout:
+    if not settings.is_guided or is_autoguided:
+        return settings
+    without = "loss.text_dropout" if has_text(config) else "loss.class_dropout"
+    dropout = config.loss.text_dropout if has_text(config) else config.loss.class_dropout
+    if not dropout:
+        weaker = "images without a caption" if has_text(config) else "the null class"
         raise UserError(
             f"guidance_scale is {sampling.guidance_scale:g}, but the model is trained with"
-            " loss.text_dropout=0 and knows no images without a caption; set guidance_scale to 1."
-        )
-    if settings.is_guided and not is_autoguided and not config.loss.class_dropout:
-        raise UserError(
-            f"guidance_scale is {sampling.guidance_scale:g}, but the model is trained with"
-            " loss.class_dropout=0 and does not know the null class; set guidance_scale to 1, or guide"
-            " by a weaker checkpoint."
+            f" {without}=0 and does not know {weaker}; set guidance_scale to 1, or guide by a weaker"
+            " checkpoint."
         )
     return settings
 

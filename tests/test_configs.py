@@ -52,13 +52,18 @@ def load(name):
     return load_config(str(tiny.CONFIGS / name))
 
 
+def _many(names, quick):
+    """Parameters of a test; all but a few are `long`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
 def test_all_configs_are_tested():
     files = {path.name for path in tiny.CONFIGS.glob("*.py")}
     tested = {name.split(":")[0] for name in VARIANTS + DOCUMENTS + AUTOENCODERS}
     assert files == tested | {"default.py", "default_autoencoder.py"}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", _many(VARIANTS, ["mnist.py", "mnist_latent.py", "imagenet256.py"]))
 def test_a_config_takes_a_train_step_when_shrunk(name):
     config = load(name)
     config.data.num_classes = 3
@@ -66,7 +71,7 @@ def test_a_config_takes_a_train_step_when_shrunk(name):
     assert_takes_a_train_step(config)
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", _many(DOCUMENTS, ["mnist_scenes.py", "in1kcap256.py:l"]))
 def test_a_config_of_documents_takes_a_train_step_when_shrunk(name):
     config = load(name)
     if config.data.name == "captioned_array_record":

@@ -237,6 +237,16 @@ def test_text_targets_decide():
     assert float(totals["loss/image"][0]) == float(expected["loss/image"][0])
 
 
+def test_accuracy_counts_targets_alone():
+    """Where the model always says id 0, as many are right as there are targets of it."""
+    of = of_documents()
+    says_zero = params() | {"text_norm": jax.tree.map(jnp.zeros_like, params()["text_norm"])}
+    weights = document_objective.weights(batch())
+    totals = jitted(of)(says_zero, tokens(), batch(), draw(of), weights).totals
+    targets = np.asarray(batch()["text_targets"])
+    assert totals["text_accuracy"] == ((targets == 0).sum(), (targets != NO_TARGET).sum())
+
+
 def test_weights_are_equal_over_the_whole_batch():
     of_image, of_text = document_objective.weights(batch())
     for share, is_target in (

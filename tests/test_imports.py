@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).parent.parent
 # rooms below that they may import. Within a room modules may import each other, not in a circle.
 GROUND = "ground floor"
 PROGRAMS = [
-    *("train", "train_loop", "train_progress", "train_autoencoder", "autoencoder_results"),
+    *("train", "train_loop", "train_progress", "train_pictures"),
+    *("train_autoencoder", "autoencoder_results"),
     *("sample", "edit", "draw", "prepare_images", "prepare_captions"),
     *("evaluate", "evaluation_inputs", "evaluation_rows", "evaluation_sweep"),
     *("reference_stats", "train_evaluation"),
