@@ -5,7 +5,8 @@ A part of each image is kept, and the rest is generated anew around it, with ano
 without fine-tuning (paper section 4.4). A model of documents takes a text: `--caption` instead of
 `--classes`. The images are one's own (`--images`: a `.npz`, a folder, or
 one picture) or generated first (`--source_classes`). `--keep_ratio=0.8,0.5,0.2` with `--keep=random`
-regenerates a growing share: a class that morphs. `--kept_as=noised` heeds the new class more.
+regenerates a growing share: a class that morphs. `--kept_as=noised` heeds the new class more, and so
+does `--num_candidates=4`: of four edits of an image the model keeps the one that fits the class best.
 
 `--out` is as in cfjax.sample; a picture of the images before, the masks and the images after is in
 `<out>_strip.png`.
@@ -73,6 +74,7 @@ def edit_from_flags() -> dict[str, Any]:
         "keep_box": list(integers("keep_box", values["keep_box"])),
         "keep_ratio": list(ratios),
         "kept_as": values["kept_as"],
+        "num_candidates": values["num_candidates"],
     }
 
 
@@ -192,7 +194,18 @@ def main(_: Sequence[str]) -> None:
         request = dataclasses.replace(request, classes=request.classes or own)
         labels = request.labels(model)
     knowns = known_parts(request, model, images)
-    parts = [Part(labels, settings_of(request, model, it), it, documents) for it in knowns]
+    # A recipe of an earlier version does not say it.
+    num_candidates = request.edit.get("num_candidates", 1)
+    if request.prompt and num_candidates != 1:
+        raise UserError(
+            "candidates are chosen by their class, and captions name none; drop --num_candidates."
+        )
+    if not request.prompt:
+        model.check_num_candidates(num_candidates, labels)
+    parts = [
+        Part(labels, settings_of(request, model, it), it, documents, num_candidates=num_candidates)
+        for it in knowns
+    ]
     recipe = recipe_of("cfjax.edit", request, model, parts[0].settings) | {
         "source_sha256": checksum(images),
         "is_known_sha256": checksum(np.stack([known.is_known for known in knowns])),
@@ -252,6 +265,11 @@ def define_flags() -> None:
         "clean",
         "How the model sees what is kept: clean, or noised as what is denoised beside it, so that a new"
         " class is heeded more.",
+    )
+    flags.DEFINE_integer(
+        "num_candidates",
+        1,
+        "Edits of each image, of which the one is kept that fits its class best.",
     )
 
 

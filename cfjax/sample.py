@@ -54,12 +54,12 @@ from cfjax.sampling_flags import (
 OF_REQUEST = (
     *("classes", "num_samples", "autoencoder", "guide"),
     *("images", "source_classes", "source_seed", "keep", "keep_box", "keep_ratio", "kept_as"),
-    *(*PROMPT_FLAGS, "caption"),
+    *(*PROMPT_FLAGS, "caption", "num_candidates"),
 )
 
 
 class Part(NamedTuple):
-    """Images that are made in one way; `known` tokens are those of an edit.
+    """Images that are made in one way; `known` tokens and `num_candidates` are those of an edit.
 
     With `documents` they follow those, `images_per_document` each, and the labels say which prompt
     each is of.
@@ -70,6 +70,7 @@ class Part(NamedTuple):
     known: sampling.Known | None = None
     documents: Sequence[Document] | None = None
     images_per_document: int = 1
+    num_candidates: int = 1
 
     def stream(
         self, model: Sampler, seed: int, num_done: int = 0, batch_size: int = 256
@@ -79,7 +80,8 @@ class Part(NamedTuple):
         rest = self.known and sampling.Known(*(rows[first:] for rows in self.known))
         if self.documents is None:
             yield from model.stream(
-                self.labels[first:], self.settings, seed, first, batch_size, rest
+                *(self.labels[first:], self.settings, seed, first, batch_size, rest),
+                num_candidates=self.num_candidates,
             )
             return
         batches = model.stream_documents(

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from cfjax import build, editing, sampling, sharding
+from cfjax.class_evidence import best_of, check_num_candidates, evidence_of_images
 from cfjax.data.images import to_model_range, to_uint8
 from cfjax.errors import UserError, check_choice
 from cfjax.guided_network import Network
@@ -134,6 +135,7 @@ class Sampler:
         keep_box: Sequence[int] = (),
         keep_ratio: float = 0.5,
         kept_as: str = "clean",
+        num_candidates: int = 1,
         seed: int = 0,
         first_index: int = 0,
         batch_size: int = 256,
@@ -151,6 +153,8 @@ class Sampler:
           keep_ratio: of "random": the share of the tokens.
           kept_as: how the model sees what is kept: "clean", or "noised" as the tokens that are
             denoised beside it, so that the new class shapes the image before its strokes are fixed.
+          num_candidates: edits of each image, of which the one is returned that fits the class best
+            as the model sees it (`cfjax.class_evidence`); the first is that of `num_candidates=1`.
           seed, first_index, batch_size: see `generate`. With nothing kept it is `generate`.
           split_sizes: of the tokens that are generated.
           **overrides: fields of `config.sampling`.
@@ -171,7 +175,10 @@ class Sampler:
             )
         settings = self.settings(overrides, split_sizes, int(known.is_known[0].sum()))
         settings = dataclasses.replace(settings, kept_as=kept_as)
-        batches = self.stream(labels, settings, seed, first_index, batch_size, known)
+        self.check_num_candidates(num_candidates, labels)
+        batches = self.stream(
+            labels, settings, seed, first_index, batch_size, known, num_candidates
+        )
         return np.concatenate(list(batches))
 
     def settings(
@@ -206,6 +213,15 @@ class Sampler:
         if not labels.size:
             raise UserError("there is no label; pass a class for each image.")
         return labels
+
+    def check_num_candidates(self, num_candidates: int, labels: np.ndarray) -> None:
+        """Refuses candidates among which the model can't choose.
+
+        Raises:
+          UserError: see `class_evidence.check_num_candidates`.
+        """
+        class_dropout = self.config.loss.class_dropout
+        check_num_candidates(num_candidates, labels, self.model.null_class, class_dropout)
 
     def known_tokens(
         self,
@@ -258,11 +274,12 @@ class Sampler:
         first_index: int = 0,
         batch_size: int = 256,
         known: sampling.Known | None = None,
+        num_candidates: int = 1,
     ) -> Iterator[np.ndarray]:
         """Yields images batch by batch, uint8 `[n, H, W, C]`; see `generate`.
 
         The next ones are made while the caller works on a batch. On several processes all get all
-        images. `known` has rows for `labels`.
+        images. `known` has rows for `labels`; for `num_candidates` see `edit`.
 
         Every device makes `config.sampling.images_per_device` images at a time, and image i is always
         at the same place among them: as sums of another number of rows are rounded otherwise, so
@@ -272,7 +289,9 @@ class Sampler:
         at_once = group * sharding.num_batch_shards(self.mesh)
         offset = first_index % group
         end = offset + len(labels)
-        key = stream_key(seed, "sample")
+        others = (stream_key(seed, "candidate", index) for index in range(1, num_candidates))
+        keys = [stream_key(seed, "sample"), *others]
+        evidence_key = stream_key(seed, "class_evidence")
 
         def start(begin: int) -> jax.Array:
             places = np.clip(np.arange(begin, begin + at_once), offset, end - 1)
@@ -280,7 +299,7 @@ class Sampler:
             arrays = (labels[rows], (first_index + rows).astype(np.uint32))
             if known is not None:
                 arrays += (known.tokens[rows], known.is_known[rows])
-            return self._generate(settings, key, *map(self._on_mesh, arrays))
+            return self._generate(settings, keys, evidence_key, *map(self._on_mesh, arrays))
 
         waiting, num_waiting = [], 0
         begins = range(0, end, at_once)
@@ -301,21 +320,40 @@ class Sampler:
         sharded = sharding.batch_sharding(self.mesh)
         return jax.make_array_from_callback(rows.shape, sharded, rows.__getitem__)
 
-    def _generate(self, settings, key, labels, indices, *known):
+    def _generate(self, settings, keys, evidence_key, labels, indices, *known):
+        """A batch of images on the mesh: for several keys the best candidate of each."""
         guide = self.guide or Network(None, None)
-        generated = _generate_images(
-            self.model,
-            guide.model,
-            settings,
-            self.config.model.patch_size,
-            self.params,
-            guide.params,
-            key,
-            labels,
-            indices,
-            sampling.Known(*known) if known else None,
-        )
-        return generated if self.autoencoder is None else self.autoencoder.decode(generated)
+        patch_size = self.config.model.patch_size
+
+        def generated(key):
+            return _generate_images(
+                self.model,
+                guide.model,
+                settings,
+                patch_size,
+                self.params,
+                guide.params,
+                key,
+                labels,
+                indices,
+                sampling.Known(*known) if known else None,
+            )
+
+        def evidence_of(images):
+            return evidence_of_images(
+                self.model,
+                build.noise_schedule(self.config),
+                self.config.diffusion.prediction_type,
+                patch_size,
+                self.params,
+                evidence_key,
+                images,
+                labels,
+                indices,
+            )
+
+        images = best_of(map(generated, keys), evidence_of, len(keys))
+        return images if self.autoencoder is None else self.autoencoder.decode(images)
 
     def to_images(self, generated: np.ndarray) -> np.ndarray:
         """What the model generates as images.

@@ -125,11 +125,12 @@ def test_images_are_the_same_bytes_on_any_number_of_devices(workdir, num_devices
     mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
     loaded = cfjax.load(workdir, mesh=mesh)
     images = loaded.generate(labels, num_ar_steps=3)
-    known = loaded.edit(images, labels[::-1], keep="left", num_ar_steps=2)
+    options = {"keep": "left", "num_ar_steps": 2, "num_candidates": 2}
+    known = loaded.edit(images, labels[::-1], **options)
     reference = cfjax.load(workdir, mesh=sharding.make_mesh(devices=jax.devices()[:4]))
     np.testing.assert_array_equal(images, reference.generate(labels, num_ar_steps=3))
     np.testing.assert_array_equal(
-        known, reference.edit(images, labels[::-1], keep="left", num_ar_steps=2, batch_size=3)
+        known, reference.edit(images, labels[::-1], **options, batch_size=3)
     )
     assert params_checksum(loaded.params) == params_checksum(reference.params)
 
@@ -178,6 +179,8 @@ def test_editing_with_noised_context(model):
         ({"num_ar_steps": 9}, "num_ar_steps is 9, but an image of 8 tokens takes 1 to 8"),
         ({"split_sizes": (9,)}, "must sum to the 8 tokens"),
         ({"kept_as": "blurred"}, "unknown kept_as 'blurred'"),
+        ({"num_candidates": 0}, "num_candidates is 0, but must be at least 1"),
+        ({"num_candidates": 2, "labels": [1, 10]}, "for an image without a class"),
     ],
 )
 def test_bad_edits_are_refused(model, options, words):
@@ -214,17 +217,29 @@ def test_the_edit_program(workdir, model, tmp_path):
     assert images_of(tmp_path / "edited").shape == (2, 28, 28, 1)
 
     morph = [*base, "--source_classes=3,5", "--classes=8", "--keep=random", "--kept_as=noised"]
-    run_in_process(edit, [*morph, "--keep_ratio=0.8,0.2", f"--out={tmp_path / 'morph.npz'}"])
+    morph += ["--keep_ratio=0.8,0.2", "--num_candidates=2"]
+    run_in_process(edit, [*morph, f"--out={tmp_path / 'morph.npz'}"])
     morphed, labels = read_images(tmp_path / "morph.npz")
     assert len(morphed) == 4 and (labels == 8).all()
     sources = model.generate([3, 5], num_ar_steps=2)
     options = {"keep_ratio": 0.2, "kept_as": "noised", "num_ar_steps": 2, "seed": 4}
+    options["num_candidates"] = 2
     np.testing.assert_array_equal(morphed[2:], model.edit(sources, [8, 8], "random", **options))
     again = [f"--from_json={tmp_path / 'morph.npz.json'}", f"--out={tmp_path / 'again.npz'}"]
-    with pytest.raises(UserError, match="says how to sample; drop --kept_as"):
-        run_in_process(edit, [*again, "--kept_as=clean"])
+    for other in ("--kept_as=clean", "--num_candidates=1"):
+        with pytest.raises(UserError, match=f"says how to sample; drop {other.split('=')[0]}"):
+            run_in_process(edit, [*again, other])
     run_in_process(edit, again)
     np.testing.assert_array_equal(images_of(tmp_path / "again.npz"), morphed)
+
+    # A recipe of an earlier version says neither.
+    document = json.loads((tmp_path / "by_name.npz.json").read_text())
+    for name in ("kept_as", "num_candidates"):
+        del document["recipe"]["request"]["edit"][name]
+    (tmp_path / "earlier.json").write_text(json.dumps(document))
+    out = tmp_path / "later.npz"
+    run_in_process(edit, [f"--from_json={tmp_path / 'earlier.json'}", f"--out={out}"])
+    np.testing.assert_array_equal(images_of(out), expected)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +252,11 @@ def test_the_edit_program(workdir, model, tmp_path):
         (["--source_classes=1", "--keep=gone.png"], "gone.png"),
         (["--source_classes=1", "--keep=top", "--kept_as=dim"], "unknown kept_as 'dim'"),
         (["--source_classes=12"], "class 12 is out of range"),
+        (
+            ["--source_classes=1", "--num_candidates=0"],
+            "num_candidates is 0, but must be at least 1",
+        ),
+        (["--source_classes=10", "--num_candidates=2"], "for an image without a class"),
         (["--images=nowhere.npz"], "nowhere.npz"),
         (["--images=nowhere"], "nowhere"),
         (["--source_classes=1", "--keep=outside", "--num_ar_steps=15"], "num_ar_steps is 15"),
@@ -269,6 +289,9 @@ def test_a_model_without_class_dropout_needs_no_more_than_another_guide(workdir,
     alone, guided = cfjax.load(other), cfjax.load(other, guide=workdir)
     with pytest.raises(UserError, match="does not know the null class"):
         alone.settings({"guidance_scale": 2.0})
+    with pytest.raises(UserError, match=r"num_candidates is 2.*does not know the null class"):
+        images = np.zeros((1, 28, 28, 1), np.uint8)
+        alone.edit(images, [1], "top", num_candidates=2, guidance_scale=1.0)
     assert not alone.settings({"guidance_scale": 1.0}).is_guided
     assert guided.settings({"guidance_scale": 2.0}).is_guided
 

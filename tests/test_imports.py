@@ -45,6 +45,7 @@ ROOMS = {
         [
             *("sampling", "guided_network", "denoising", "denoising_tables", "guidance"),
             *("plans", "editing", "text_sampling", "document_sampling", "beam_search"),
+            "class_evidence",
         ],
         [GROUND, "models"],
     ),
