@@ -173,6 +173,7 @@ def test_an_edit_is_the_best_of_its_candidates(workdir):
     np.testing.assert_array_equal(again, best[3:])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_latents_are_chosen_before_they_are_decoded(tmp_path):
     make_autoencoder(tmp_path / "vae")

@@ -113,6 +113,7 @@ def assert_takes_a_train_step(config, rows=None):
         assert np.isfinite(totals["loss/text"][0]) and totals["loss/text"][0] > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [*AUTOENCODERS, pytest.param("default_autoencoder.py", marks=pytest.mark.long)]
 )
@@ -189,6 +190,7 @@ def dotted_keys(config, prefix=""):
             yield prefix + name
 
 
+@pytest.mark.long
 def test_every_field_is_read(tmp_path, monkeypatch):
     """Those of the autoencoder where there is one."""
     extractor = tiny_features.TinyExtractor()
@@ -238,6 +240,7 @@ def test_paths_of_captioned_sets_are_read(monkeypatch, name, source, names):
     assert build_documents.source(config, "held_out", 256, 3) == expected
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_every_field_of_an_autoencoder_is_read(tmp_path):
     config = tiny.autoencoder_config(train__num_train_steps=2, train__sample_every=2)

@@ -168,6 +168,7 @@ def test_a_document_depends_on_its_index_and_prompt_alone():
     assert (of.generate(prompt=["a red four"], seed=2, first_index=1) != images[:1]).any()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_devices_and_images_per_device():
     images = sampler().generate(prompt=PROMPTS, seed=2, n=2)

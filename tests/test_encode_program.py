@@ -116,6 +116,7 @@ def test_two_processes_make_the_bytes_of_one(pictures, vae, whole, tmp_path):
     assert contents(tmp_path) == whole
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_what_one_of_two_processes_refuses_ends_both(vae, tmp_path):

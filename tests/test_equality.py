@@ -142,6 +142,7 @@ def test_train_steps_are_the_same_on_a_mesh(on_one_device, workdir, sizes):
     assert_same_training(workdir, on_one_device, tiny.config(**OVERRIDES))
 
 
+@pytest.mark.long
 @pytest.mark.multiprocess
 def test_train_steps_are_the_same_on_two_processes(on_one_device, workdir):
     overrides = mesh_overrides(TWO_PROCESSES_MESH)
