@@ -94,7 +94,7 @@ def run(name, *arguments):
     return values
 
 
-@pytest.mark.parametrize("name", ["train_step", "sample"])
+@pytest.mark.parametrize("name", [pytest.param("train_step", marks=pytest.mark.long), "sample"])
 def test_benchmark_prints_json(name):
     overrides = [f"--config.{key}={value}" for key, value in TINY.items()]
     values = run(name, "--matmul_size=64", *overrides)

@@ -54,9 +54,8 @@ def test_evaluation_during_training_is_refused(tmp_path):
         train(tiny_documents.config(evaluation__every=2), str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "name", ["mnist_scenes.py", pytest.param("mnist_transforms.py", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["mnist_scenes.py", "mnist_transforms.py"])
 def test_pictures(name):
     config = tiny_documents.config(name, sampling__denoising_steps="2")
     documents = build_documents.documents(config, "train")

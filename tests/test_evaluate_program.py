@@ -179,6 +179,7 @@ def test_reference_stats_of_a_dataset(run, files):
         assert arrays["features"].shape == (1000, 6)
 
 
+@pytest.mark.long
 def test_a_sweep_names_the_best_and_makes_the_same_images(run, files):
     workdir, out = files / "run", files / "out"
     train(tiny.config(train__num_train_steps=3), workdir)

@@ -117,9 +117,8 @@ def test_killed_and_run_again_gives_the_same_bytes(workdir, tmp_path):
     assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "num_devices", [8, *(pytest.param(number, marks=pytest.mark.long) for number in (1, 2))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("num_devices", [1, 2, 8])
 def test_images_are_the_same_bytes_on_any_number_of_devices(workdir, num_devices):
     labels = np.arange(13) % 10
     mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])

@@ -129,6 +129,7 @@ def test_a_train_step_sees_scaled_latents(folder):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)  # exp(-15) of noise is left
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_samples_are_decoded(folder, tmp_path):
     trained = train(config(folder), tmp_path)

@@ -259,7 +259,8 @@ def test_cached_is_uncached(model, params, padding):
         return model.extend(cache, model.clean_image_tokens(tokens, indices))
 
     push_text, denoise = jitted(model.push_text), jitted(model.denoise)
-    capacity = len(items) - 2 + 2 * made.NUM_TOKENS + 8 * padding
+    num_text = sum(item.token is not None for item in items)
+    capacity = num_text * (1 + padding) + 2 * made.NUM_TOKENS
     cache = model.apply({"params": params}, 1, capacity, method=model.empty_document_cache)
     image, text, found_logits = 0, 0, []
     found = np.zeros(prediction.shape, np.float32)

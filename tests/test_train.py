@@ -209,6 +209,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(uninterrupted):
     assert checkpoints.train_steps(uninterrupted[0]) == [3, 6]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_trains_on_ones_own_pictures(tmp_path):
     rng = np.random.default_rng(0)

@@ -97,6 +97,7 @@ def test_the_picture_has_originals_above_reconstructions(uninterrupted):
     assert np.abs(shown - decoded[..., 0]).max() <= 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_resumed_equals_uninterrupted_to_the_bit(uninterrupted, tmp_path):
     """Also what is written at the end, which replaces what the shorter run wrote."""
