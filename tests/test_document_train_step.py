@@ -89,6 +89,7 @@ def test_eight_devices_and_microbatches_change_rounding_alone(at_once):
     assert_same(run(mesh, train__num_microbatches=2), at_once)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "num_microbatches"),
@@ -98,6 +99,7 @@ def test_meshes_and_microbatches_change_rounding_alone(at_once, mesh, num_microb
     assert_same(run(mesh, train__num_microbatches=num_microbatches), at_once)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_images_of_documents_are_encoded_in_training(tmp_path, monkeypatch):
     """Progressions as latents of 14x14: the same by any mesh."""
