@@ -17,10 +17,11 @@ from absl import flags, logging
 from cfjax import program
 from cfjax.data.caption_listing import CAPTIONS_FILE, CaptionedImage, list_captioned, pack_captions
 from cfjax.data.captioned_records import KIND, read_captions
-from cfjax.data.image_records import STORED_AS, Storing
+from cfjax.data.image_records import Storing
 from cfjax.data.image_shards import write_image_set
-from cfjax.data.records import ON_CORRUPT, verify_checksums
-from cfjax.data.splits import HELD_OUT_SHARE, held_out
+from cfjax.data.records import verify_checksums
+from cfjax.data.splits import held_out
+from cfjax.prepare_images import define_set_flags
 
 
 def split_captioned(
@@ -131,23 +132,7 @@ def main(_: Sequence[str]) -> None:
 def define_flags() -> None:
     """Defines the program's flags."""
     flags.DEFINE_string("source", None, "Folder of images with a captions.jsonl.", required=True)
-    flags.DEFINE_string("out", None, "Folder of the shards.", required=True)
-    flags.DEFINE_string("held_out_source", None, "The same with images that are held out.")
-    flags.DEFINE_float(
-        "held_out_share",
-        HELD_OUT_SHARE,
-        "Share of --source that is held out if there is no --held_out_source.",
-        lower_bound=0.0,
-        upper_bound=0.9,
-    )
-    flags.DEFINE_enum("store", "original", STORED_AS, "Files as they are, or crops of --size.")
-    flags.DEFINE_integer("size", 0, "Height and width of the crops.", lower_bound=0)
-    flags.DEFINE_integer("channels", 3, "Of the crops: 1 (grey) or 3 (RGB).")
-    flags.DEFINE_integer("jpeg_quality", 95, "Of --store=jpeg.", lower_bound=1, upper_bound=100)
-    flags.DEFINE_integer("examples_per_shard", 8192, "Images in a shard.", lower_bound=1)
-    flags.DEFINE_integer("processes", 0, "That decode; 0 for one a core.", lower_bound=0)
-    flags.DEFINE_enum("on_corrupt", "refuse", ON_CORRUPT, "A broken image or line of captions.")
-    flags.DEFINE_bool("verify", False, "Read all shards again and compare the checksums.")
+    define_set_flags()
 
 
 if __name__ == "__main__":

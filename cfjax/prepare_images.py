@@ -94,6 +94,11 @@ def main(_: Sequence[str]) -> None:
 def define_flags() -> None:
     """Defines the program's flags."""
     flags.DEFINE_string("source", None, "Folder or tar file of the images.", required=True)
+    define_set_flags()
+
+
+def define_set_flags() -> None:
+    """Defines the flags of a set of images, with or without captions."""
     flags.DEFINE_string("out", None, "Folder of the shards.", required=True)
     flags.DEFINE_string("held_out_source", None, "The same with images that are held out.")
     flags.DEFINE_float(
@@ -109,7 +114,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("jpeg_quality", 95, "Of --store=jpeg.", lower_bound=1, upper_bound=100)
     flags.DEFINE_integer("examples_per_shard", 8192, "Images in a shard.", lower_bound=1)
     flags.DEFINE_integer("processes", 0, "That decode; 0 for one a core.", lower_bound=0)
-    flags.DEFINE_enum("on_corrupt", "refuse", ON_CORRUPT, "What to do with a broken image.")
+    flags.DEFINE_enum("on_corrupt", "refuse", ON_CORRUPT, "What to do with what is broken.")
     flags.DEFINE_bool("verify", False, "Read all shards again and compare the checksums.")
 
 

@@ -3,6 +3,8 @@
 model = cfjax.load("runs/mnist")
 images = model.generate([3, 1, 4], num_ar_steps=7, guidance_scale=2.0)
 edited = model.edit(images, [8, 7, 9], keep="top")
+
+Longer than most files: it is one class, whose methods are half docstrings.
 """
 
 import dataclasses

@@ -3,6 +3,8 @@
 Each AR step denoises its tokens from noise, given the condition tokens and the clean tokens of the
 AR steps before, which the KV cache holds; then its own tokens are pushed into the cache. Tokens that
 are known from the start (editing) are pushed before the first AR step.
+
+Longer than most files: the loops over AR steps share one state and are read with what they loop over.
 """
 
 import dataclasses

@@ -8,15 +8,23 @@ import tiny
 
 from cfjax import build, build_documents
 from cfjax.config_loading import load_config
-from cfjax.data.document_rows import PackedDocuments, count_padding
+from cfjax.data.document_rows import PackedDocuments
 from cfjax.data.loader import TrainLoader
 from cfjax.data.tokenizers import ByteTokenizer
-from cfjax.documents import NO_PLACE, NO_TARGET, Slots, Vocabulary
+from cfjax.documents import NO_PLACE, NO_TARGET, ImageSegment, Slots, Vocabulary
 from cfjax.errors import UserError
 
 OURS = Vocabulary(256)
 SLOTS = Slots(40, 2)
 SETS = ("scenes", "progressions", "transforms")
+
+
+def count_padding(batch, tokens_per_image):
+    """Share of the tokens of rows that are empty, as they were laid out."""
+    num_text = (batch["text_places"] == NO_PLACE).sum()
+    num_images = (batch["image_places"] == NO_PLACE).sum()
+    total = batch["text_places"].size + tokens_per_image * batch["image_places"].size
+    return float((num_text + tokens_per_image * num_images) / total)
 
 
 class Captioned:
@@ -258,3 +266,10 @@ def test_rows_as_long_as_the_longest_document_suffice():
     documents = packed(slots=Slots(16, 1), image_to_text_share=1.0)
     rows = documents.rows_at(range(len(documents)), range(len(documents)))
     assert (rows["text_places"] != NO_PLACE).sum(axis=1).max() == 16
+
+
+def test_a_document_without_a_target_is_refused(monkeypatch):
+    image = ImageSegment(np.zeros((2, 2, 1), np.uint8), is_target=False)
+    monkeypatch.setattr(PackedDocuments, "_document", lambda *_: (image,))
+    with pytest.raises(UserError, match="has no target"):
+        PackedDocuments(Captioned(), ByteTokenizer(), SLOTS, max_text_length=12).rows_at([0], [0])

@@ -10,12 +10,12 @@ from cfjax.data.document_sources import CaptionedImages, ImageSequences
 from cfjax.data.packing import pack
 from cfjax.data.tokenizers import Tokenizer
 from cfjax.documents import (
-    NO_PLACE,
     Document,
     ImageSegment,
     Slots,
     TextSegment,
     Vocabulary,
+    check_has_target,
     encode_text,
     items_of,
     lay_out,
@@ -114,6 +114,9 @@ class PackedDocuments:
         Args:
           indices: of the rows.
           positions: in the stream, by which directions and dropout are drawn.
+
+        Raises:
+          UserError: an image can't be read, or a document has nothing to learn.
         """
         members = [self._rows[index] for index in indices]
         documents = np.concatenate([np.array(row) for row in members])
@@ -133,6 +136,8 @@ class PackedDocuments:
                 self._document(document, images[begin + i], rng) for i, document in enumerate(row)
             ]
             begin += len(row)
+            for document in made:
+                check_has_target(document)
             items = [
                 items_of(it, self._vocabulary, self._tokenizer.encode, self._max_text_length)
                 for it in made
@@ -156,11 +161,3 @@ class PackedDocuments:
         if is_image_first:
             return image, caption
         return (image,) if is_dropped else (caption, image)
-
-
-def count_padding(batch: dict[str, np.ndarray], tokens_per_image: int) -> float:
-    """Share of the tokens of rows that are empty, as they were laid out."""
-    num_text = (batch["text_places"] == NO_PLACE).sum()
-    num_images = (batch["image_places"] == NO_PLACE).sum()
-    total = batch["text_places"].size + tokens_per_image * batch["image_places"].size
-    return float((num_text + tokens_per_image * num_images) / total)
