@@ -40,7 +40,8 @@ def tokenizer(config: ConfigDict) -> Tokenizer:
     if config.text.checksum not in ("", opened.checksum):
         raise UserError(
             f"the tokenizer {opened.name} has the checksum {opened.checksum[:12]}, but the model was"
-            f" trained with {config.text.checksum[:12]}; pass that file as text.tokenizer."
+            f" trained with {config.text.checksum[:12]}; pass that file: text.tokenizer of"
+            " training, --tokenizer, or cfjax.load(tokenizer=...)."
         )
     return opened
 
@@ -120,5 +121,7 @@ def documents(config: ConfigDict, split: str, loaded: Autoencoder | None = None)
         max_text_length=config.text.max_length,
         image_to_text_share=config.data.image_to_text_share,
         text_dropout=config.loss.text_dropout,
+        trains_on_prompts=config.loss.trains_on_prompts,
+        word_dropout=config.loss.word_dropout,
         seed=config.seed,
     )

@@ -39,8 +39,7 @@ from cfjax.evaluation.caption_scores import bleu, cider_d
 from cfjax.generation_request import params_checksum
 from cfjax.sampler import OF_MODEL
 from cfjax.sampling_flags import define_device_flags, define_model_flags, load_sampler
-
-TEXT_FLAGS = ("max_length", "temperature", "top_k", "top_p", "num_beams", "length_penalty")
+from cfjax.text_flags import define_text_flags, text_overrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +152,7 @@ def recipe_of(model: DocumentSampler, images: Pictures) -> dict[str, Any]:
         "checkpoint": values["checkpoint"],
         "train_step": int(find(values["checkpoint"], values["train_step"]).name),
         "sampling": {name: model.config.sampling[name] for name in OF_MODEL},
-        "text": dataclasses.asdict(model.text_sampling(text_options())),
+        "text": dataclasses.asdict(model.text_sampling(text_overrides())),
         "seed": values["seed"],
         "images": values["images"],
         "images_sha256": images.sha256,
@@ -167,12 +166,6 @@ def recipe_of(model: DocumentSampler, images: Pictures) -> dict[str, Any]:
             "device": model.mesh.devices.flat[0].device_kind,
         },
     }
-
-
-def text_options() -> dict[str, Any]:
-    """The fields of `TextSampling` that flags override."""
-    values = flags.FLAGS.flag_values_dict()
-    return {name: values[name] for name in TEXT_FLAGS if values[name] is not None}
 
 
 def write_captions(model: DocumentSampler, images: Pictures) -> list[str] | None:
@@ -207,7 +200,7 @@ def write_captions(model: DocumentSampler, images: Pictures) -> list[str] | None
         while done < count:
             end = min((done // batch_size + 1) * batch_size, count)
             texts = model.caption(
-                images.read(done, end), seed=values["seed"], first_index=done, **text_options()
+                images.read(done, end), seed=values["seed"], first_index=done, **text_overrides()
             )
             if file is not None:
                 file.append(texts)
@@ -254,7 +247,7 @@ def main(_: Sequence[str]) -> None:
             f"the model in {values['checkpoint']} has no text head and can't write captions; pass a"
             " checkpoint that was trained with text.tokenizer."
         )
-    model.text_sampling(text_options())
+    model.text_sampling(text_overrides())
     images = open_pictures(values["images"], model.image_shape)
     references = None
     if values["references"] is not None:
@@ -279,16 +272,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("overwrite", False, "Replace the output of another run.")
     flags.DEFINE_string("references", None, "A file of captions to compare with.")
     flags.DEFINE_integer("seed", 0, "Of the tokens that are drawn.")
-    flags.DEFINE_integer("max_length", None, "Of a caption, in tokens; that of the config.")
-    flags.DEFINE_float(
-        "temperature", None, "By which logits are divided; 0, the default, draws none."
-    )
-    flags.DEFINE_integer("top_k", None, "Only the k most probable tokens are drawn; 0 for all.")
-    flags.DEFINE_float("top_p", None, "Only the most probable tokens that make up this share.")
-    flags.DEFINE_integer("num_beams", None, "Of beam search, which draws nothing.")
-    flags.DEFINE_float(
-        "length_penalty", None, "Beams are compared by log-probability / length ** penalty; 1."
-    )
+    define_text_flags()
 
 
 if __name__ == "__main__":

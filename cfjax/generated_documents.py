@@ -24,37 +24,13 @@ from cfjax.data.image_files import write_whole
 from cfjax.document_sampler import DocumentSampler
 from cfjax.generation_request import Request, recipe_of
 from cfjax.sampling_flags import integers, load_overrides, sampling_overrides
+from cfjax.text_flags import text_overrides
 from cfjax.text_sampling import TextSampling
 
-# Flags of text, and the field of TextSampling that each sets.
-TEXT_FLAGS = {
-    "num_beams": "num_beams",
-    "length_penalty": "length_penalty",
-    "text_temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "max_length": "max_length",
-}
 # Of a recipe's request: where files lie, and how many documents, change none of them.
-_NOT_IN_KEY = ("checkpoint", "autoencoder", "guide", "num_samples")
+_NOT_IN_KEY = ("checkpoint", "autoencoder", "guide", "tokenizer", "num_samples")
 
 Prompts = Callable[[np.ndarray], list[list[Any]]]
-
-
-def define_text_flags() -> None:
-    """Defines the flags that say how text is generated; see `TextSampling`."""
-    flags.DEFINE_integer("num_beams", None, "Of beam search for text; 1 for none.")
-    flags.DEFINE_float("length_penalty", None, "Beams: log-probability / length ** penalty.")
-    flags.DEFINE_float("text_temperature", None, "Of text; 0 takes the most probable token.")
-    flags.DEFINE_integer("top_k", None, "Draw text from the k most probable tokens alone.")
-    flags.DEFINE_float("top_p", None, "Draw text from the most probable tokens of this sum alone.")
-    flags.DEFINE_integer("max_length", None, "Of a text, in tokens.")
-
-
-def text_overrides() -> dict[str, Any]:
-    """The fields of `TextSampling` that flags override."""
-    values = flags.FLAGS.flag_values_dict()
-    return {field: values[name] for name, field in TEXT_FLAGS.items() if values[name] is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +77,7 @@ class Generator:
             seed=values["seed"],
             classes=(),
             num_samples=values["num_samples"],
+            tokenizer=values["tokenizer"],
         )
         return cls(
             sampler=sampler,

@@ -28,7 +28,7 @@ class Request:
     """Which model generates, where on the factorization plane, and from which seed.
 
     Attributes:
-      checkpoint, train_step, autoencoder, guide: see `cfjax.load`.
+      checkpoint, train_step, autoencoder, guide, tokenizer: see `cfjax.load`.
       sampling: fields of `config.sampling`.
       split_sizes: tokens of each AR step, instead of a number of AR steps.
       seed: of the noise and the token orders.
@@ -49,6 +49,7 @@ class Request:
     num_samples: int
     edit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompt: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tokenizer: str | None = None
 
     def load(self, mesh: jax.sharding.Mesh) -> Sampler:
         """The model.
@@ -58,7 +59,13 @@ class Request:
         """
         of_model = {name: self.sampling[name] for name in OF_MODEL if name in self.sampling}
         return cfjax.load(
-            self.checkpoint, self.train_step, mesh, self.autoencoder, self.guide, **of_model
+            self.checkpoint,
+            self.train_step,
+            mesh,
+            self.autoencoder,
+            self.guide,
+            tokenizer=self.tokenizer,
+            **of_model,
         )
 
     def settings(self, model: Sampler, num_known: int = 0) -> sampling.SamplingSettings:
@@ -106,6 +113,7 @@ def request_from_flags(
         num_samples=num_samples,
         edit=edit or {},
         prompt=prompt or {},
+        tokenizer=values["tokenizer"],
     )
 
 
@@ -151,8 +159,9 @@ def recipe_of(
             sampling={name: _json_value(it) for name, it in resolved.items()},
         )
     )
-    if not asked["prompt"]:  # as before there were prompts
-        del asked["prompt"]
+    for name in ("prompt", "tokenizer"):  # as before these were there
+        if not asked[name]:
+            del asked[name]
     return {
         "program": program,
         "request": asked,

@@ -31,6 +31,7 @@ def load(
     autoencoder: str | PathLike | None = None,
     guide: str | PathLike | None = None,
     weights: str = "ema",
+    tokenizer: str | PathLike | None = None,
     **overrides: Any,
 ) -> Sampler:
     """The model of a checkpoint.
@@ -43,15 +44,18 @@ def load(
       guide: a checkpoint of a weaker model, smaller or of fewer train steps, that guides in place of
         the null class (autoguidance, arXiv 2406.02507).
       weights: "ema", or "params" for the parameters as they were trained, without averaging.
+      tokenizer: of a model of documents whose tokenizer's file lies elsewhere now, its path; by
+        default `config.text.tokenizer`.
       **overrides: fields of `config.sampling`, such as `dtype="bfloat16"`, as defaults of `generate`.
 
     Raises:
       UserError: there is no such checkpoint, it is corrupt, its config lacks a field, the mesh does
-        not divide the model, or an autoencoder or guide is missing, another one, or not needed.
+        not divide the model, or an autoencoder, guide or tokenizer is missing, another one, or not
+        needed.
     """
     check_choice("weights", weights, WEIGHTS)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    config = _read_config(directory, train_step)
+    config = _read_config(directory, train_step, tokenizer)
     override_sampling(config, overrides)
     if autoencoder is not None:
         if not build_data.sees_latents(config):
@@ -82,8 +86,14 @@ def load(
     )
 
 
-def _read_config(directory: str | PathLike, train_step: int | None) -> ConfigDict:
+def _read_config(
+    directory: str | PathLike, train_step: int | None, tokenizer: str | PathLike | None = None
+) -> ConfigDict:
     config = config_from_json(checkpoints.read_config(directory, train_step))
+    if tokenizer is not None:
+        if not build_documents.has_text(config):
+            raise UserError(f"the model in {directory} has no text head; don't pass a tokenizer.")
+        config.text.tokenizer = fspath(tokenizer)
     try:
         build.sampling_model(config)
         # Who guides, and how strongly, may be overridden: it is checked when that is known.

@@ -52,7 +52,7 @@ from cfjax.sampling_flags import (
 
 # Flags that a recipe has values for, besides those of sampling.
 OF_REQUEST = (
-    *("classes", "num_samples", "autoencoder", "guide"),
+    *("classes", "num_samples", "autoencoder", "guide", "tokenizer"),
     *("images", "source_classes", "source_seed", "keep", "keep_box", "keep_ratio", "kept_as"),
     *(*PROMPT_FLAGS, "caption", "num_candidates"),
 )

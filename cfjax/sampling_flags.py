@@ -65,6 +65,7 @@ def define_model_flags(checkpoint_is_required: bool = True) -> None:
     )
     flags.DEFINE_integer("train_step", None, "Which checkpoint; the latest by default.")
     flags.DEFINE_string("autoencoder", None, "Folder; by default that of the checkpoint's config.")
+    flags.DEFINE_string("tokenizer", None, "Its file, if it lies elsewhere than in training.")
     flags.DEFINE_string("dtype", None, "Of the weights: bfloat16 or float32.")
     flags.DEFINE_integer(
         "images_per_device", None, "Made at a time; others round otherwise.", lower_bound=1
@@ -95,6 +96,7 @@ def load_sampler(weights: str = "ema") -> Sampler:
         values["autoencoder"],
         values.get("guide"),
         weights,
+        values["tokenizer"],
         **load_overrides(),
     )
 

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.data.image_to_text_share = 0.5  # of captioned images that come before their caption
 
     config.text = ConfigDict()  # of models of documents
-    config.text.tokenizer = ""  # "bytes", or path of a tokenizers .json or a SentencePiece .model; empty for images alone
+    config.text.tokenizer = ""  # "bytes", "scene_words", or path of a tokenizers .json or a SentencePiece .model; empty for images alone
     config.text.checksum = ""  # of that file; empty takes it as it is and saves what it was
     config.text.max_length = 64  # of one text, in tokens
     config.text.tokens_per_row = 256  # text tokens for which a row has room
@@ -79,6 +79,8 @@ def get_config() -> ConfigDict:
     config.loss.class_dropout = 0.1  # share of examples trained without their class, for guidance
     config.loss.text_loss_weight = 0.2  # of the cross-entropy of text against the diffusion loss
     config.loss.text_dropout = 0.1  # share of captions before images left out, for guidance
+    config.loss.trains_on_prompts = True  # captions before images are learned too
+    config.loss.word_dropout = 0.0  # share of learned text tokens seen as random others
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 8e-4  # after warm-up

@@ -284,3 +284,22 @@ def test_another_tokenizer_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"bytes"', '"gone.json"'))
     with pytest.raises(UserError, match=r"there is no tokenizer 'gone\.json'"):
         cfjax.load(run)
+    with pytest.raises(UserError, match="the tokenizer bytes has the checksum bytes"):
+        cfjax.load(run, tokenizer="bytes")
+
+
+def test_a_tokenizer_may_lie_elsewhere_than_in_training(tmp_path, workdir):
+    config = tiny_documents.config(text__tokenizer="scene_words")
+    run = tiny.save_random_checkpoint(tmp_path / "run", of_run=config)
+    images = np.zeros((1, *cfjax.load(run).image_shape), np.uint8)
+    captions = cfjax.load(run).caption(images)
+    path = next(run.glob("checkpoints/*/config/config.json"))
+    path.write_text(path.read_text().replace('"scene_words"', '"gone.json"'))
+    assert cfjax.load(run, tokenizer="scene_words").caption(images) == captions
+    out = tmp_path / "captions.jsonl"
+    Image.fromarray(images[0]).save(tmp_path / "black.png")
+    asked = [f"--checkpoint={run}", f"--images={tmp_path / 'black.png'}", f"--out={out}"]
+    run_in_process(caption, [*asked, "--tokenizer=scene_words"])
+    assert captions[0] in out.read_text()
+    with pytest.raises(UserError, match="has no text head; don't pass a tokenizer"):
+        cfjax.load(workdir, tokenizer="bytes")

@@ -18,7 +18,7 @@ PROGRAMS = [
     *("evaluate", "evaluation_inputs", "evaluation_rows", "evaluation_sweep"),
     *("evaluate_documents", "document_scores", "generated_documents", "evaluation_captions"),
     *("reference_stats", "train_evaluation"),
-    *("sampling_flags", "generation_request", "generation_prompts"),
+    *("sampling_flags", "text_flags", "generation_request", "generation_prompts"),
     *("caption", "caption_outputs"),
     *("sample_outputs", "sample_places", "sample_recipe", "sample_working_folder"),
     *("encode", "encode_verify"),

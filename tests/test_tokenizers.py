@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from cfjax.data.scene_captions import phrasings
+from cfjax.data.scenes import ScenesSource
 from cfjax.data.tokenizers import open_tokenizer
 from cfjax.errors import UserError
 
@@ -83,6 +85,36 @@ def test_bytes_are_utf8():
     assert tokenizer.decode(np.array([97, 98], np.int32)) == "ab"
 
 
+def test_scene_words_are_those_of_all_captions():
+    tokenizer = open_tokenizer("scene_words")
+    assert tokenizer.encode("") == []
+    assert len(tokenizer.encode("a red three, which is left of a blue seven")) == 11
+    for grid_size in (2, 3):
+        source = ScenesSource("train", 24, grid_size, 300)
+        captions = {it for index in range(300) for it in phrasings(source.scene_at(index))}
+        ids = [tokenizer.encode(caption) for caption in captions]
+        assert [tokenizer.decode(it) for it in ids] == list(captions)
+        assert len({tuple(it) for it in ids}) == len(captions)
+    assert pickle.loads(pickle.dumps(tokenizer)).checksum == tokenizer.checksum
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("a purple three", "'purple'"),
+        ("A red three", "'A'"),
+        ("red  three", "' '"),
+        ("red three ", "' '"),
+        (" red three", "' '"),
+        ("red\nthree", r"'red\nthree'"),
+    ],
+)
+def test_scene_words_refuse_others(text, unknown):
+    sentence = refusal(lambda: open_tokenizer("scene_words").encode(text))
+    assert f"scene_words has no {unknown} in {text!r}" in sentence
+    assert "of the words a, above, and," in sentence
+
+
 @pytest.mark.oracle
 def test_hugging_face_json_is_read_as_the_package_does(hugging_face):
     path, oracle = hugging_face
@@ -155,7 +187,7 @@ def refusal(make):
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
-    assert "there is no tokenizer 'byte'; pass 'bytes', or the path" in refusal(
+    assert "there is no tokenizer 'byte'; pass 'bytes', 'scene_words', or the path" in refusal(
         lambda: open_tokenizer("byte")
     )
     assert "there is no tokenizer ''" in refusal(lambda: open_tokenizer(""))
@@ -186,7 +218,7 @@ def test_damaged_files_are_refused(hugging_face, sentence_piece, tmp_path):
 
 @pytest.mark.oracle
 def test_what_can_not_be_decoded_or_encoded_is_refused(hugging_face, sentence_piece):
-    for name in ("bytes", hugging_face[0], sentence_piece[0]):
+    for name in ("bytes", "scene_words", hugging_face[0], sentence_piece[0]):
         tokenizer = open_tokenizer(name)
         end = tokenizer.vocabulary_size
         tokenizer.decode([end - 1])

@@ -65,6 +65,23 @@ TEMPLATES = {
     ),
 }
 
+# Every word that a caption may have.
+WORDS = tuple(
+    sorted(
+        {
+            word
+            for phrase in itertools.chain(
+                (re.sub(r"\{\w+\}", "", template) for it in TEMPLATES.values() for template in it),
+                (phrase for phrases in RELATIONS.values() for phrase in phrases),
+                (place for rows in PLACES.values() for row in rows for place in row),
+                DIGIT_WORDS,
+                COLOURS,
+            )
+            for word in re.findall("[a-z]+", phrase)
+        }
+    )
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class SceneDigit:

@@ -1,19 +1,22 @@
-"""Text to ids and back: bytes, or a tokenizer from a file of one of two packages.
+"""Text to ids and back: bytes, the words of scenes, or a tokenizer from a file of two packages.
 
 cfjax appends its own special tokens after the ids of a tokenizer, which adds none itself.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from os import PathLike, fspath
 from pathlib import PurePath
 from typing import Protocol
 
+from cfjax.data.scene_captions import WORDS
 from cfjax.errors import UserError
 from cfjax.paths import absolute
 
 BYTES = "bytes"
-_KINDS = "'bytes', or the path of a .json of Hugging Face's tokenizers or of a SentencePiece .model"
+SCENE_WORDS = "scene_words"
+_KINDS = "'bytes', 'scene_words', or the path of a .json of Hugging Face's tokenizers or of a SentencePiece .model"
 
 
 class Tokenizer(Protocol):
@@ -21,9 +24,9 @@ class Tokenizer(Protocol):
 
     Attributes:
       vocabulary_size: ids are 0 ... vocabulary_size - 1; special tokens of cfjax are not among them.
-      name: "bytes", or the name of the file with the beginning of its checksum.
-      checksum: "bytes", or the SHA-256 of the file in hexadecimal; by it a checkpoint knows whether
-        ids mean what they meant.
+      name: "bytes", "scene_words", or the name of the file with the beginning of its checksum.
+      checksum: "bytes", or the SHA-256 of the words or of the file in hexadecimal; by it a checkpoint
+        knows whether ids mean what they meant.
     """
 
     vocabulary_size: int
@@ -53,8 +56,9 @@ def open_tokenizer(name: str | PathLike) -> Tokenizer:
     """Opens a tokenizer.
 
     Args:
-      name: "bytes": the UTF-8 of the text, 256 ids, which needs no file; or the path of a `.json` of
-        Hugging Face's `tokenizers`, or of a SentencePiece `.model`.
+      name: "bytes": the UTF-8 of the text, 256 ids; "scene_words": the words of the captions of the
+        embedded scenes, and no others; or the path of a `.json` of Hugging Face's `tokenizers`, or
+        of a SentencePiece `.model`.
 
     Raises:
       UserError: there is no such file, it is of neither kind or damaged, or the package that reads
@@ -62,6 +66,8 @@ def open_tokenizer(name: str | PathLike) -> Tokenizer:
     """
     if fspath(name) == BYTES:
         return ByteTokenizer()
+    if fspath(name) == SCENE_WORDS:
+        return SceneWordTokenizer()
     suffix = PurePath(name).suffix.lower()
     if not fspath(name) or not (path := absolute(name)).exists():
         raise UserError(f"there is no tokenizer {fspath(name)!r}; pass {_KINDS}.")
@@ -98,6 +104,41 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(_checked(ids, self)).decode("utf-8", "replace")
+
+
+class SceneWordTokenizer:
+    """Words with single spaces between them, and commas; see `Tokenizer`.
+
+    For captions of the embedded scenes alone: a model learns them in far fewer train steps than
+    their bytes, and its sequences are a quarter as long.
+    """
+
+    name = SCENE_WORDS
+    checksum = hashlib.sha256(" ".join(WORDS).encode()).hexdigest()
+    _pieces = (",", *(f" {word}" for word in WORDS))
+    vocabulary_size = len(_pieces)
+
+    def __init__(self):
+        self._ids = {piece: index for index, piece in enumerate(self._pieces)}
+
+    def encode(self, text: str) -> list[int]:
+        """See `Tokenizer.encode`.
+
+        Raises:
+          UserError: besides, a word that no caption of scenes has.
+        """
+        _utf8(text)
+        pieces = re.findall(",| ?[^ ,]*", f" {text}" if text else "")
+        try:
+            return [self._ids[piece] for piece in pieces if piece]
+        except KeyError as error:
+            raise UserError(
+                f"the tokenizer scene_words has no {error.args[0].strip() or ' '!r} in {text!r}; write"
+                f" captions with single spaces, of the words {', '.join(WORDS)}."
+            ) from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._pieces[index] for index in _checked(ids, self)).removeprefix(" ")
 
 
 class _FileTokenizer:
