@@ -10,7 +10,7 @@ from cfjax.document_sampling import NO_TOKEN, DocumentState, push_text
 from cfjax.documents import Vocabulary
 from cfjax.guided_network import Caches
 from cfjax.models.multimodal import MultimodalCausalFusion
-from cfjax.text_sampling import TextSampling, without
+from cfjax.text_sampling import TextSampling, next_token_logits
 
 _NEVER = -1e30  # a log-probability
 
@@ -47,12 +47,12 @@ def search_text(
 
     Args:
       model, params: the transformer.
-      state: of documents; it stays as it is, and of rows that guide nothing is read.
+      state: of documents; it stays as it is, and of rows that guide images nothing is read.
       settings: number of beams, longest text, length penalty.
       vocabulary: our own tokens.
     """
     batch, width = len(state.logits), settings.num_beams
-    copies = state.caches.main.num_rows // batch
+    copies = 2 if settings.is_guided else 1
     state = _rows(state, jnp.repeat(jnp.arange(batch), width), copies)
     beams = Beams(
         tokens=jnp.full((batch, width, settings.max_length), NO_TOKEN, jnp.int32),
@@ -65,11 +65,12 @@ def search_text(
     def extend(carry, place):
         state, beams = carry
         beams, rows, tokens = _best(beams, state.logits, settings, vocabulary, place)
-        state = _rows(state, rows.reshape(-1))
-        is_real = ~beams.is_done.reshape(-1, 1)
+        state = _rows(state, rows.reshape(-1), copies)
+        is_real = jnp.repeat(~beams.is_done.reshape(-1, 1), copies, axis=0)
         state = push_text(
-            *(model, params, None, None, state, tokens.reshape(-1, 1), is_real),
-            jnp.zeros(batch * width, bool),
+            *(model, params, None, None, state),
+            *(jnp.repeat(tokens.reshape(-1, 1), copies, axis=0), is_real),
+            jnp.zeros(len(is_real), bool),
         )
         return (state, beams), None
 
@@ -85,7 +86,7 @@ def search_text(
 def _best(beams, logits, settings, vocabulary, place):
     """The best continuations by one token, the rows of the batch that they continue, the tokens."""
     batch, width = beams.is_done.shape
-    log_probabilities = jax.nn.log_softmax(without(logits, vocabulary.end_of_image))
+    log_probabilities = jax.nn.log_softmax(next_token_logits(settings, vocabulary, logits))
     log_probabilities = log_probabilities.reshape(batch, width, -1)
     size = log_probabilities.shape[2]
     stays = jnp.where(jnp.arange(size) == 0, 0.0, _NEVER)[None, None]
@@ -112,13 +113,14 @@ def _best(beams, logits, settings, vocabulary, place):
     return beams, jnp.arange(batch)[:, None] * width + parent, token
 
 
-def _rows(state: DocumentState, rows: jax.Array, copies: int = 1) -> DocumentState:
-    """The state of other documents, in their order: of each the first of its `copies` rows."""
-    cache = state.caches.main
-    layers, firsts = cache.kv_cache, copies * rows
+def _rows(state: DocumentState, documents: jax.Array, copies: int) -> DocumentState:
+    """The state of other documents, in their order: of each the first `copies` rows."""
+    cache, had = state.caches.main, state.logits.shape[1]
+    layers = cache.kv_cache
+    rows = (had * documents[:, None] + jnp.arange(copies)[None]).reshape(-1)
     main = cache._replace(
-        kv_cache=layers._replace(keys=layers.keys[:, firsts], values=layers.values[:, firsts]),
-        is_filled=cache.is_filled[firsts],
-        position=cache.position[firsts],
+        kv_cache=layers._replace(keys=layers.keys[:, rows], values=layers.values[:, rows]),
+        is_filled=cache.is_filled[rows],
+        position=cache.position[rows],
     )
-    return DocumentState(Caches(main, None), state.logits[rows])
+    return DocumentState(Caches(main, None), state.logits[documents, :copies])

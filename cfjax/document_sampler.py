@@ -251,7 +251,19 @@ class DocumentSampler(Sampler):
                 f"max_length is {settings.max_length}, but the model is trained with"
                 f" text.max_length={self.config.text.max_length}; pass at most that."
             )
+        if settings.is_guided and not self._knows_texts_alone:
+            raise UserError(
+                f"guidance_scale of text is {settings.guidance_scale:g}, but the model was not trained"
+                " on texts with nothing before them (data.image_to_text_share, loss.trains_on_prompts);"
+                " pass 1."
+            )
         return settings
+
+    @property
+    def _knows_texts_alone(self) -> bool:
+        loss = self.config.loss
+        # Checkpoints from before the field trained on all prompts.
+        return self.config.data.image_to_text_share < 1 and loss.get("trains_on_prompts", True)
 
     def continue_documents(
         self,
@@ -280,6 +292,11 @@ class DocumentSampler(Sampler):
         Raises:
           UserError: a prompt that does not fit the model.
         """
+        if self.guide is not None and text is not None and text.is_guided:
+            raise UserError(
+                "the guide of images can't go with a guidance_scale of text; load the model without"
+                " it, or pass guidance_scale=1 for text."
+            )
         for prompt in prompts:
             self.check_document(prompt)
         structures = [

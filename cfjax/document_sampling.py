@@ -2,7 +2,7 @@
 
 Each function is a jitted program that takes the state of a batch of documents and gives the next one;
 the state's buffers are donated. A document has one row in the cache, or with classifier-free guidance
-two: the second has no prompt.
+two: the second has no prompt, and of a guided text the text alone.
 """
 
 import functools
@@ -16,7 +16,7 @@ from cfjax.documents import Vocabulary
 from cfjax.guided_network import Caches, Network
 from cfjax.models.multimodal import MultimodalCausalFusion
 from cfjax.sampling import Known, SamplingSettings, draw_noise, generate_over_caches
-from cfjax.text_sampling import TextSampling, choose_token, without
+from cfjax.text_sampling import TextSampling, choose_token, next_token_logits
 
 NO_TOKEN = -1  # after the end of a text
 
@@ -26,7 +26,8 @@ class DocumentState(NamedTuple):
 
     Attributes:
       caches: of `DocumentCache`.
-      logits: float32 `[batch, V]`, of the text token that follows the last one.
+      logits: float32 `[batch, copies, V]`, of the text token that follows the last one of each of a
+        document's rows.
     """
 
     caches: Caches
@@ -60,7 +61,7 @@ def begin(
 
     guide = None if guide_model is None else empty(guide_model, guide_params, batch)
     caches = Caches(empty(model, params, rows * batch), guide)
-    return DocumentState(caches, jnp.zeros((batch, model.vocabulary_size)))
+    return DocumentState(caches, jnp.zeros((batch, rows, model.vocabulary_size)))
 
 
 def _with_both(function, network, guide, caches, *arrays):
@@ -113,15 +114,11 @@ def _networks(model, params, guide_model, guide_params):
 
 
 def _last_logits(before: jax.Array, logits: jax.Array, is_real: jax.Array) -> jax.Array:
-    """After the last real token of each document's first row `[batch, V]`."""
-    batch = len(before)
-    of_first = jax.tree.map(
-        lambda x: x.reshape(batch, len(x) // batch, *x.shape[1:])[:, 0], (logits, is_real)
-    )
-    logits, is_real = of_first
+    """After the last real token of each row, `[batch, copies, V]`."""
     last = is_real.shape[1] - 1 - jnp.argmax(is_real[:, ::-1], axis=1)
-    after = jnp.take_along_axis(logits, last[:, None, None], axis=1)[:, 0]
-    return jnp.where(is_real.any(axis=1, keepdims=True), after, before)
+    after = jnp.take_along_axis(logits, last[:, None, None], axis=1)
+    after = jnp.where(is_real.any(axis=1)[:, None, None], after, before.reshape(after.shape))
+    return after.reshape(before.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "guide_model"), donate_argnames=("state",))
@@ -262,17 +259,19 @@ def generate_text(
       The documents, the texts, and the tokens int32 `[batch, num_tokens]`, NO_TOKEN after the end.
     """
     copies = state.caches.main.num_rows // len(keys)
-    is_first = jnp.arange(state.caches.main.num_rows) % copies == 0
+    is_written = jnp.arange(state.caches.main.num_rows) % copies == 0
+    if settings.is_guided:
+        is_written = jnp.ones_like(is_written)
 
     def write(carry, _):
         state, (is_done, length) = carry
         of_token = jax.vmap(lambda key: jax.random.fold_in(key, length))(keys)
-        logits = without(state.logits, vocabulary.end_of_image)
+        logits = next_token_logits(settings, vocabulary, state.logits)
         token = choose_token(settings, logits, of_token)
         is_end = (token == vocabulary.end_of_text) | (token == vocabulary.begin_of_image)
         is_done = is_done | is_end | (length >= settings.max_length)
         rows = jnp.repeat(token, copies)[:, None]
-        is_real = (jnp.repeat(~is_done, copies) & is_first)[:, None]
+        is_real = (jnp.repeat(~is_done, copies) & is_written)[:, None]
         never = jnp.zeros(len(rows), bool)
         state = push_text(model, params, guide_model, guide_params, state, rows, is_real, never)
         return (state, Writing(is_done, length + 1)), jnp.where(is_done, NO_TOKEN, token)

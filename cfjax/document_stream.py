@@ -39,7 +39,9 @@ class DocumentStream:
         self._max_text_length = sampler.config.text.max_length
         is_guided = options.settings is not None and options.settings.is_guided
         guide = sampler.guide if is_guided else None
-        self._copies = 2 if is_guided and guide is None else 1
+        # A text is guided by itself alone, whatever guides images.
+        self._text_is_guided = options.text is not None and options.text.is_guided
+        self._copies = 2 if (is_guided and guide is None) or self._text_is_guided else 1
         self._networks = (
             *(sampler.model, sampler.params),
             *((None, None) if guide is None else (guide.model, guide.params)),
@@ -155,11 +157,12 @@ class DocumentStream:
         return to_uint8(multihost_utils.process_allgather(images, tiled=True))
 
     def _write(self, keys, is_last):
-        if self._before in (None, "image"):
-            own = self._vocabulary
-            first = own.end_of_text if self._before is None else own.end_of_image
-            ids = np.full((self._batch, 1), first, np.int32)
-            self._push_ids(ids, np.ones(ids.shape, bool))
+        own = self._vocabulary
+        first = {None: own.end_of_text, "image": own.end_of_image}.get(self._before)
+        if first is not None or self._text_is_guided:
+            ids = np.full((self._batch, 1), first or 0, np.int32)
+            is_real = np.full(ids.shape, first is not None)
+            self._push_ids(ids, is_real, [own.end_of_text] if self._text_is_guided else None)
         self._before = "text"
         text = self._options.text
         if text.num_beams > 1:

@@ -34,7 +34,7 @@ from cfjax.document_scores import HUNDREDFOLD, Number, Scores
 from cfjax.errors import UserError, check_choice
 from cfjax.generated_documents import Generator
 from cfjax.sampling_flags import define_device_flags, define_sampling_flags, load_sampler
-from cfjax.text_flags import TEXT_TEMPERATURE, define_text_flags
+from cfjax.text_flags import define_text_flags
 
 PROGRAM = "cfjax.evaluate_documents"
 
@@ -162,7 +162,7 @@ def define_flags() -> None:
     define_sampling_flags()
     define_device_flags()
     flags.FLAGS.set_default("batch_size", 1)  # what is made at once is kept at once
-    define_text_flags(TEXT_TEMPERATURE)
+    define_text_flags("text_")
     flags.DEFINE_string("out", None, "Folder of the report.", required=True)
     flags.DEFINE_integer("num_samples", 500, "Documents of each task.", lower_bound=1)
     flags.DEFINE_string(

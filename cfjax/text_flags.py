@@ -4,16 +4,25 @@ from typing import Any
 
 from absl import flags
 
-# Where a program has --temperature of images too.
-TEXT_TEMPERATURE = "text_temperature"
-_FIELDS = ("max_length", "temperature", "top_k", "top_p", "num_beams", "length_penalty")
+_FIELDS = ("max_length", "top_k", "top_p", "num_beams", "length_penalty")
+# Fields whose names are those of options of images too.
+_ALSO_OF_IMAGES = ("temperature", "guidance_scale")
 
 
-def define_text_flags(temperature: str = "temperature") -> None:
-    """Defines a flag for each field of `TextSampling`; `temperature` is what that one is called."""
+def define_text_flags(prefix: str = "") -> None:
+    """Defines a flag for each field of `TextSampling`.
+
+    Args:
+      prefix: "text_" in programs that have `--temperature` and `--guidance_scale` of images.
+    """
     flags.DEFINE_integer("max_length", None, "Of a text, in tokens; that of the config.")
     flags.DEFINE_float(
-        temperature, None, "By which logits are divided; 0, the default, draws no text."
+        f"{prefix}temperature", None, "By which logits are divided; 0, the default, draws no text."
+    )
+    flags.DEFINE_float(
+        f"{prefix}guidance_scale",
+        None,
+        "Of text, against the same with nothing before it; 1 for none.",
     )
     flags.DEFINE_integer("top_k", None, "Only the k most probable tokens are drawn; 0 for all.")
     flags.DEFINE_float("top_p", None, "Only the most probable tokens that make up this share.")
@@ -26,7 +35,6 @@ def define_text_flags(temperature: str = "temperature") -> None:
 def text_overrides() -> dict[str, Any]:
     """The fields of `TextSampling` that flags override."""
     values = flags.FLAGS.flag_values_dict()
-    names = dict(zip(_FIELDS, _FIELDS, strict=True))
-    if TEXT_TEMPERATURE in values:
-        names["temperature"] = TEXT_TEMPERATURE
+    prefix = "text_" if "text_temperature" in values else ""
+    names = {field: field for field in _FIELDS} | {it: prefix + it for it in _ALSO_OF_IMAGES}
     return {field: values[name] for field, name in names.items() if values[name] is not None}

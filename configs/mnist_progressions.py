@@ -21,15 +21,19 @@ def get_config() -> ConfigDict:
     config.text.tokens_per_row = 20
     config.text.images_per_row = 10
 
-    config.model.width = 128
-    config.model.depth = 6
+    config.model.width = 192
+    config.model.depth = 5
+    config.model.num_heads = 6
     config.model.patch_size = 7
     config.model.num_condition_tokens = 1  # of no class, which no document has
+
+    # More images in few AR steps, where their own clean tokens don't tell what comes next.
+    config.factorization.ar_step_decay = 0.8
 
     config.loss.text_loss_weight = 0.1
     config.optimizer.ema_decay = 0.998
 
-    config.train.global_batch_size = 16
-    config.train.num_train_steps = 5_000
+    config.train.global_batch_size = 8
+    config.train.num_train_steps = 5_200
 
     return config

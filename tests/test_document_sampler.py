@@ -15,6 +15,7 @@ from cfjax.document_sampler import DocumentSampler, as_documents
 from cfjax.document_stream import DocumentStream, StreamOptions
 from cfjax.documents import ClassSegment, ImageSegment, TextSegment
 from cfjax.errors import UserError
+from cfjax.guided_network import Network
 from cfjax.models.patches import unpatchify
 from cfjax.rng import per_example_keys, stream_key
 from cfjax.sampler import Sampler
@@ -110,15 +111,15 @@ def test_an_image_is_the_guided_prediction_by_hand(prompt, by_hand, scale):
     assert ((found > 0) & (found < 255)).mean() > 0.3
 
 
-@pytest.mark.parametrize(
-    ("prompt", "by_hand"),
-    [
-        (["red"], [[END, *b"red"]]),
-        ([IMAGES[0]], [[END, BEGIN_IMAGE], IMAGES[0], [END_IMAGE]]),
-        (["a", IMAGES[1]], [[END, *b"a", BEGIN_IMAGE], IMAGES[1], [END_IMAGE]]),
-        ([], [[END]]),
-    ],
-)
+TEXTS_BY_HAND = [
+    (["red"], [[END, *b"red"]]),
+    ([IMAGES[0]], [[END, BEGIN_IMAGE], IMAGES[0], [END_IMAGE]]),
+    (["a", IMAGES[1]], [[END, *b"a", BEGIN_IMAGE], IMAGES[1], [END_IMAGE]]),
+    ([], [[END]]),
+]
+
+
+@pytest.mark.parametrize(("prompt", "by_hand"), TEXTS_BY_HAND)
 def test_greedy_text_is_the_most_probable_by_hand(token_ids, prompt, by_hand):
     """All logits of the finished text at once; it ends before a token of our own, or when it is full."""
     (ids,) = sampler().generate(prompt=prompt, what="text", max_length=20)
@@ -130,6 +131,49 @@ def test_greedy_text_is_the_most_probable_by_hand(token_ids, prompt, by_hand):
     chosen = logits.argmax(-1).tolist()
     assert chosen[: len(ids)] == ids and max(ids, default=0) < END
     assert len(ids) == 20 or chosen[len(ids)] in (END, BEGIN_IMAGE)
+
+
+def log_probabilities_by_hand(*parts, num_ids):
+    """Of what follows the text at each of its places, with all that ends it as one."""
+    _, logits = cache_after(*parts)
+    logits = np.array(logits[0, -num_ids:], np.float64)
+    logits[:, END] = np.logaddexp(logits[:, END], logits[:, BEGIN_IMAGE])
+    logits = logits[:, :BEGIN_IMAGE]
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize(("prompt", "by_hand"), TEXTS_BY_HAND)
+def test_guided_text_is_the_most_probable_against_the_text_alone_by_hand(
+    token_ids, prompt, by_hand
+):
+    (ids,) = sampler().generate(prompt=prompt, what="text", max_length=20, guidance_scale=3.0)
+    *before, last = by_hand
+    ids_padded = (ids + [0] * 20)[:20]  # one shape
+    of_prompt = log_probabilities_by_hand(*before, last + ids_padded, num_ids=21)
+    alone = log_probabilities_by_hand([END, *ids_padded], num_ids=21)
+    chosen = (alone + 3 * (of_prompt - alone)).argmax(-1).tolist()
+    assert chosen[: len(ids)] == ids
+    assert len(ids) == 20 or chosen[len(ids)] == END
+    if prompt:
+        assert [ids] != sampler().generate(prompt=prompt, what="text", max_length=20)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_guided_text_after_another(token_ids, num_beams):
+    """It is guided by itself alone, not by the text before it, and makes no other text of the first."""
+    of = sampler()
+    options = {"guidance_scale": 3.0, "max_length": 5, "num_beams": num_beams}
+    prompt, text = as_documents([IMAGES[0]]), of.text_sampling(options)
+    ((first, second),) = of.continue_documents(prompt, [("text", "text")], None, text)
+    assert [[first]] == of.continue_documents(prompt, [("text",)], None, text)
+    with sharding.activate(of.mesh):
+        options = StreamOptions(None, text, 0, 0)
+        stream = DocumentStream(of, prompt * 2, ("text",), np.arange(2), options)
+        stream.push([prompt[0][0]] * 2)
+        ids = np.array([[END_IMAGE, *first]] * 2)
+        stream._push_ids(ids, np.ones(ids.shape, bool))
+        stream._before = "text"
+        assert stream.generate("text", None, True)[0] == second
 
 
 def test_texts_end_before_tokens_of_ours_and_not_all_at_once(token_ids):
@@ -243,13 +287,19 @@ def test_a_class_in_a_prompt():
     assert (after_image != images[:1]).any()
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
-def test_an_image_after_a_text_that_is_generated(token_ids, num_beams):
-    """It follows that text, and does not depend on how long those of other documents are."""
+@pytest.mark.parametrize(
+    ("num_beams", "scale_of_text", "scale"), [(1, 1, 1), (2, 1, 1), (1, 3, 1), (2, 3, 2), (1, 1, 2)]
+)
+def test_an_image_after_a_text_that_is_generated(token_ids, num_beams, scale_of_text, scale):
+    """It follows that text, and does not depend on how long those of other documents are.
+
+    Nor on whether the text was guided: what guides the image has no text.
+    """
     of = sampler()
-    settings = of.settings({"denoising_steps": 2})
+    settings = of.settings({"denoising_steps": 2, "guidance_scale": scale})
     drawn = {"temperature": 2.0} if num_beams == 1 else {}
-    text = of.text_sampling({"num_beams": num_beams, "max_length": 40} | drawn)
+    options = {"num_beams": num_beams, "max_length": 40} | drawn
+    text = of.text_sampling(options | {"guidance_scale": scale_of_text})
     prompts = as_documents([["red"], ["a seven"]])
     follow = [("text", "image")] * 2
     both = of.continue_documents(prompts, follow, settings, text, seed=1)
@@ -261,9 +311,8 @@ def test_an_image_after_a_text_that_is_generated(token_ids, num_beams):
         np.testing.assert_array_equal(alone[1], both[index][1])
 
     with sharding.activate(of.mesh):
-        stream = DocumentStream(
-            of, prompts, follow[0], np.arange(2), StreamOptions(settings, text, 1, 0)
-        )
+        options = StreamOptions(settings, of.text_sampling(options), 1, 0)
+        stream = DocumentStream(of, prompts, follow[0], np.arange(2), options)
         stream.push([prompt[0] for prompt in prompts])
         ids, is_real = np.zeros((2, 40), np.int32), np.zeros((2, 40), bool)
         for row, (written, _) in enumerate(both):
@@ -331,6 +380,20 @@ def test_bad_input_is_refused(options, words):
     with pytest.raises(UserError) as error:
         sampler().generate(**options)
     assert words in str(error.value)
+
+
+def test_guidance_of_texts_is_refused_where_it_knows_nothing():
+    options = {"prompt": [IMAGES[0]], "what": "text", "guidance_scale": 2.0}
+    for changes in ({"data__image_to_text_share": 1.0}, {"loss__trains_on_prompts": False}):
+        with pytest.raises(UserError, match="was not trained on texts with nothing before them"):
+            sampler(**changes).generate(**options)
+    of = sampler()
+    guide = Network(of.model, of.params)
+    guided = DocumentSampler(of.config, of.model, of.params, of.mesh, guide=guide)
+    with pytest.raises(
+        UserError, match="the guide of images can't go with a guidance_scale of text"
+    ):
+        guided.generate(**options)
 
 
 def test_other_refusals():

@@ -71,6 +71,7 @@ def test_most_probable():
         ({"max_length": 0}, "must be at least 1"),
         ({"num_beams": 0}, "must be at least 1"),
         ({"temperature": -1.0}, "must not be negative"),
+        ({"guidance_scale": 0.9}, "guidance_scale of text is 0.9, but must be at least 1"),
         ({"top_p": 0.0}, r"must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"must be in \(0, 1\]"),
         ({"num_beams": 2, "temperature": 1.0}, "beam search draws nothing"),
@@ -153,6 +154,58 @@ def test_beam_search_finds_the_best_of_all_texts(length_penalty):
                 beams.log_probability[row, beam], log_probability, rtol=1e-4, atol=1e-4
             )
             assert beams.length[row, beam] == len(text)
+
+
+@functools.cache
+def log_probabilities(head):
+    """Of what follows `head` and then each text that can be; all that ends a text is one."""
+    texts = list(itertools.product(range(LETTERS), repeat=MAX_LENGTH))
+    ids = jnp.array([[VOCABULARY.end_of_text, *head, *text] for text in texts], jnp.int32)
+    cache = MODEL.apply({"params": params()}, len(ids), 24, method=MODEL.empty_document_cache)
+    _, logits = MODEL.apply(
+        {"params": params()}, cache, ids, jnp.ones(ids.shape, bool), method=MODEL.push_text
+    )
+    p = np.exp(np.array(logits[:, len(head) :], np.float64))
+    p = np.concatenate(
+        [
+            p[..., :LETTERS],
+            p[..., [VOCABULARY.end_of_text, VOCABULARY.begin_of_image]].sum(-1, keepdims=True),
+        ],
+        axis=-1,
+    )
+    return texts, np.log(p / p.sum(-1, keepdims=True))
+
+
+def test_guided_beams_find_the_best_of_all_texts():
+    scale, num_texts = 2.0, sum(LETTERS**length for length in range(MAX_LENGTH + 1))
+    networks = (MODEL, params(), None, None)
+    state = document_sampling.begin(*networks, len(PROMPTS), 2, 24)
+    ids = [[[VOCABULARY.end_of_text, *it], [VOCABULARY.end_of_text, 0, 0]] for it in PROMPTS]
+    is_real = jnp.array([[True] * 3, [True, False, False]] * len(PROMPTS))
+    state = document_sampling.push_text(
+        *(*networks, state, jnp.array(ids, jnp.int32).reshape(-1, 3), is_real),
+        jnp.zeros(len(is_real), bool),
+    )
+    settings = TextSampling(MAX_LENGTH, num_beams=num_texts, guidance_scale=scale)
+    beams = jax.device_get(search_text(MODEL, params(), state, settings, VOCABULARY))
+    texts, alone = log_probabilities(())
+    for row, prompt in enumerate(PROMPTS):
+        _, of_prompt = log_probabilities(prompt)
+        guided = alone + scale * (of_prompt - alone)
+        guided -= np.log(np.exp(guided).sum(-1, keepdims=True))
+        scored = {}
+        for text, places in zip(texts, guided, strict=True):
+            for length in range(MAX_LENGTH + 1):
+                total = sum(places[i, text[i]] for i in range(length))
+                has_end = length < MAX_LENGTH
+                total += places[length, -1] if has_end else 0
+                scored[text[:length]] = total / (length + has_end)
+        ordered = sorted(scored, key=scored.get, reverse=True)
+        for beam, text in enumerate(ordered[:10]):
+            tokens = beams.tokens[row, beam]
+            assert tuple(tokens[tokens != NO_TOKEN].tolist()) == text
+            score = beams.log_probability[row, beam] / beams.length[row, beam]
+            np.testing.assert_allclose(score, scored[text], rtol=1e-4, atol=1e-4)
 
 
 def test_beams_of_any_number_hold_texts_that_are_and_one_is_greedy():

@@ -74,7 +74,16 @@ def autoencoder_flags(**overrides):
     return _as_flags("mnist_autoencoder.py", AUTOENCODER_OVERRIDES, overrides)
 
 
-DOCUMENT_OVERRIDES = OVERRIDES | {
+SCENES_OVERRIDES = OVERRIDES | {
+    "data.image_to_text_share": 0.5,
+    "text.tokenizer": "bytes",
+    "text.max_length": 64,
+    "factorization.ar_step_decay": 0.9,
+    "diffusion.timesteps_per_ar_step": 1,
+    "sampling.guidance_scale": 2.0,
+}
+DOCUMENT_OVERRIDES = SCENES_OVERRIDES | {
+    "data.size": 32,
     "model.patch_size": 16,
     "model.num_condition_tokens": 1,
     "text.tokens_per_row": 96,

@@ -4,12 +4,11 @@ import tiny
 
 from cfjax.config_loading import load_config
 
-OVERRIDES = tiny.OVERRIDES | {
+OVERRIDES = tiny.SCENES_OVERRIDES | {
     "data.size": 16,
     "model.patch_size": 8,
     "text.tokens_per_row": 136,
     "train.global_batch_size": 8,
-    "sampling.guidance_scale": 2.0,
 }
 SEQUENCES = {"model.patch_size": 14, "train.global_batch_size": 8}
 
