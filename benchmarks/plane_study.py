@@ -20,6 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 import cfjax
+from benchmarks.plane_edits import page_of_edits, run_edits
 from cfjax import build_data, program
 from cfjax.data.sources import all_images
 from cfjax.evaluation.classifier import TrainedClassifier, load_or_train
@@ -37,18 +38,6 @@ DENOISING_STEPS = (5, 10, 20, 50, 100)
 SOLVERS = ("ddpm", "ddim", "dpmpp_2m")
 # Cells that are repeated with other seeds, which tells how far a number scatters.
 REPEATED = (("ddpm", 100), ("dpmpp_2m", 20), ("dpmpp_2m_sde", 20))
-# What is kept; of "random" the share too.
-EDITS = (
-    *(("top", 0.0), ("bottom", 0.0), ("left", 0.0), ("right", 0.0), ("center", 0.0)),
-    *(("outside", 0.0), ("random", 0.1), ("random", 0.2), ("random", 0.3)),
-)
-EDIT_GUIDANCE, EDIT_AR_STEPS = 6.0, 1
-# How it is edited.
-EDIT_WAYS = {
-    "`kept_as=clean`": {"kept_as": "clean"},
-    "`kept_as=noised`": {"kept_as": "noised"},
-    "noised, best of 4": {"kept_as": "noised", "num_candidates": 4},
-}
 
 
 def cells(num_seeds: int) -> list[dict[str, Any]]:
@@ -95,59 +84,6 @@ def run_cell(
         # The first is queued with the second; the last may be smaller.
         "seconds_per_image": min(seconds[1:-1] or seconds),
     }
-
-
-def mask_name(keep: str, keep_ratio: float) -> str:
-    """What is kept, as in the table."""
-    return f"{keep} {keep_ratio:.0%}" if keep_ratio else keep
-
-
-def run_edit(
-    model: Sampler,
-    keep: str,
-    keep_ratio: float,
-    way: str,
-    num_samples: int,
-    classifier: TrainedClassifier,
-) -> dict[str, Any]:
-    """How often real digits are the new class after an edit, and the share that is generated."""
-    images, labels = all_images(build_data.images(model.config, "held_out"))
-    spread = np.linspace(0, len(labels) - 1, num_samples).round().astype(int)  # sorted by class
-    images, labels = images[spread], labels[spread]
-    wanted = (labels + 1 + np.arange(len(labels)) % 9) % 10  # all other classes
-    known = model.known_tokens(images, keep, keep_ratio=keep_ratio)
-    edited = model.edit(
-        images,
-        wanted,
-        keep,
-        keep_ratio=keep_ratio,
-        num_ar_steps=EDIT_AR_STEPS,
-        guidance_scale=EDIT_GUIDANCE,
-        **EDIT_WAYS[way],
-    )
-    classes = classifier.features(edited)[1]
-    return {
-        "keep": mask_name(keep, keep_ratio),
-        "way": way,
-        "share_generated": float(1 - known.is_known.mean()),
-        "agreement": float((classes == wanted).mean()),
-        "old_class": float((classes == labels).mean()),
-    }
-
-
-def run_edits(
-    model: Sampler, num_samples: int, classifier: TrainedClassifier, path: Path
-) -> list[dict[str, Any]]:
-    """All edits, or what an earlier study left of them in `path`."""
-    done = json.loads(path.read_text()) if path.exists() else []
-    known = {(edit["keep"], edit["way"]) for edit in done}
-    missing = [
-        (*edit, way) for way in EDIT_WAYS for edit in EDITS if (mask_name(*edit), way) not in known
-    ]
-    for edit in tqdm(missing, "edits", unit="mask"):
-        done.append(run_edit(model, *edit, num_samples, classifier))
-        path.write_text(json.dumps(done))
-    return done
 
 
 def main(_: Sequence[str]) -> None:
@@ -232,36 +168,6 @@ def page(done: list[dict[str, Any]], num_samples: int, floor: float, accuracy: f
             "",
             f"Pooled over all of them, the deviation is {statistics.mean(squares) ** 0.5:.1f}.",
         ]
-    return "\n".join(lines) + "\n"
-
-
-def page_of_edits(edits: list[dict[str, Any]], num_samples: int) -> str:
-    """The table of edits in Markdown."""
-    error = (0.25 / num_samples) ** 0.5
-    lines = [
-        "",
-        f"Edits of {num_samples} held-out digits, S = {EDIT_AR_STEPS}, guidance {EDIT_GUIDANCE:g}, each with"
-        " a class that it is not, all others equally often. Is the new class / still the old one:",
-        "",
-        "| kept | share generated anew | " + " | ".join(EDIT_WAYS) + " |",
-        "|---" * (2 + len(EDIT_WAYS)) + "|",
-    ]
-    by_cell = {(edit["keep"], edit["way"]): edit for edit in edits}
-    for name in (mask_name(*edit) for edit in EDITS):
-        row = [by_cell[name, way] for way in EDIT_WAYS]
-        cells = [f"{edit['agreement']:.1%} / {edit['old_class']:.1%}" for edit in row]
-        lines.append(f"| {name} | {row[0]['share_generated']:.0%} | " + " | ".join(cells) + " |")
-    means = []
-    for way in EDIT_WAYS:
-        shares = [edit["agreement"] for edit in edits if edit["way"] == way]
-        squares = [share * (1 - share) / num_samples for share in shares]
-        means.append(f"{statistics.mean(shares):.1%} ± {sum(squares) ** 0.5 / len(shares):.1%}")
-    lines += [
-        "| mean | | " + " | ".join(means) + " |",
-        "",
-        f"The standard error of a share is at most {error:.1%}; that of a mean takes the masks as"
-        " independent.",
-    ]
     return "\n".join(lines) + "\n"
 
 
