@@ -122,6 +122,5 @@ def documents(config: ConfigDict, split: str, loaded: Autoencoder | None = None)
         image_to_text_share=config.data.image_to_text_share,
         text_dropout=config.loss.text_dropout,
         trains_on_prompts=config.loss.trains_on_prompts,
-        word_dropout=config.loss.word_dropout,
         seed=config.seed,
     )

@@ -80,7 +80,6 @@ def get_config() -> ConfigDict:
     config.loss.text_loss_weight = 0.2  # of the cross-entropy of text against the diffusion loss
     config.loss.text_dropout = 0.1  # share of captions before images left out, for guidance
     config.loss.trains_on_prompts = True  # captions before images are learned too
-    config.loss.word_dropout = 0.0  # share of learned text tokens seen as random others
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 8e-4  # after warm-up

@@ -20,6 +20,6 @@ def get_config() -> ConfigDict:
     config.text.tokens_per_row = 12
     config.text.images_per_row = 6
 
-    config.train.global_batch_size = 24
+    config.train.global_batch_size = 12
 
     return config

@@ -144,32 +144,6 @@ def test_captions_before_images_need_not_be_learned():
     )
 
 
-def test_dropped_words_are_others_and_targets_stay():
-    """Over 20 rows a position: a word is seen as a random one with the probability asked for."""
-    positions = np.arange(2000)
-    indices = positions % len(packed())
-    plain = packed().rows_at(indices, positions)
-    dropped = packed(word_dropout=0.2).rows_at(indices, positions)
-    for name in plain.keys() - {"text_ids"}:
-        np.testing.assert_array_equal(plain[name], dropped[name])
-    is_word = (plain["text_ids"] < 256) & (plain["text_targets"] != NO_TARGET)
-    is_word &= plain["text_targets"] != OURS.begin_of_image
-    is_other = plain["text_ids"] != dropped["text_ids"]
-    assert not is_other[~is_word].any()
-    share, expected = is_other[is_word].mean(), 0.2 * 255 / 256
-    assert abs(share - expected) < 5 * (expected * (1 - expected) / is_word.sum()) ** 0.5
-    assert len(np.unique(dropped["text_ids"][is_other])) == 256
-    again = packed(word_dropout=0.2).rows_at(indices[7:9], positions[7:9])
-    np.testing.assert_array_equal(again["text_ids"], dropped["text_ids"][7:9])
-
-
-def test_only_words_that_are_learned_are_dropped():
-    changes = {"trains_on_prompts": False, "image_to_text_share": 0.0}
-    plain = packed(**changes).rows_at(range(20), range(20))
-    dropped = packed(**changes, word_dropout=1.0).rows_at(range(20), range(20))
-    np.testing.assert_array_equal(plain["text_ids"], dropped["text_ids"])
-
-
 def test_sequences():
     """Announced by text tokens alone, each learned but the first of a document."""
     documents = packed(Sequences(), Slots(12, 6))
@@ -300,7 +274,6 @@ def test_less_than_a_tenth_of_the_embedded_sets_rows_is_padding(name):
         ({"slots": Slots(15, 2)}, "16 text tokens and 1 images, but a row has room for 15 and 2"),
         ({"image_to_text_share": 1.5}, r"data.image_to_text_share is 1.5, but must be in \[0, 1\]"),
         ({"text_dropout": -0.1}, r"loss.text_dropout is -0.1, but must be in \[0, 1\]"),
-        ({"word_dropout": 1.1}, r"loss.word_dropout is 1.1, but must be in \[0, 1\]"),
     ],
 )
 def test_refusals(changes, said):

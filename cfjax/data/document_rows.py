@@ -1,6 +1,5 @@
 """Packed rows of documents to train on, each made anew by its position in the stream of rows."""
 
-import dataclasses
 import hashlib
 import zlib
 from collections.abc import Sequence
@@ -11,10 +10,8 @@ from cfjax.data.document_sources import CaptionedImages, ImageSequences
 from cfjax.data.packing import pack
 from cfjax.data.tokenizers import Tokenizer
 from cfjax.documents import (
-    NO_TARGET,
     Document,
     ImageSegment,
-    Item,
     Slots,
     TextSegment,
     Vocabulary,
@@ -47,7 +44,6 @@ class PackedDocuments:
         image_to_text_share: float = 0.5,
         text_dropout: float = 0.1,
         trains_on_prompts: bool = True,
-        word_dropout: float = 0.0,
         seed: int = 0,
     ):
         """Encodes all captions and packs them.
@@ -60,8 +56,6 @@ class PackedDocuments:
           image_to_text_share: of captioned images that come before their caption.
           text_dropout: share of captions before images that are left out, for guidance.
           trains_on_prompts: whether captions before images are learned too.
-          word_dropout: share of the text tokens of what is learned that are seen as random others, so
-            that the image tells more of the next one than those before it (arXiv 1511.06349).
           seed: of all that is drawn.
 
         Raises:
@@ -70,14 +64,13 @@ class PackedDocuments:
         for name, share in (
             ("data.image_to_text_share", image_to_text_share),
             ("loss.text_dropout", text_dropout),
-            ("loss.word_dropout", word_dropout),
         ):
             if not 0.0 <= share <= 1.0:
                 raise UserError(f"{name} is {share}, but must be in [0, 1].")
         self._source, self._tokenizer, self.slots = source, tokenizer, slots
         self._max_text_length = max_text_length
         self._image_to_text_share, self._text_dropout = image_to_text_share, text_dropout
-        self._trains_on_prompts, self._word_dropout = trains_on_prompts, word_dropout
+        self._trains_on_prompts = trains_on_prompts
         self._vocabulary = Vocabulary(tokenizer.vocabulary_size)
         self._seed = seed % 2**64
         if self.is_captioned:
@@ -136,7 +129,12 @@ class PackedDocuments:
             images = self._source.sequences_at(documents)
         rows, begin = [], 0
         for row, position in zip(members, positions, strict=True):
-            rng = self._rng(b"documents", position)
+            rng = np.random.Generator(
+                np.random.Philox(
+                    key=np.array([self._seed, zlib.crc32(b"documents")], np.uint64),
+                    counter=np.array([0, position, 0, 0], np.uint64),
+                )
+            )
             made = [
                 self._document(document, images[begin + i], rng) for i, document in enumerate(row)
             ]
@@ -147,9 +145,6 @@ class PackedDocuments:
                 items_of(it, self._vocabulary, self._tokenizer.encode, self._max_text_length)
                 for it in made
             ]
-            if self._word_dropout:
-                rng = self._rng(b"word dropout", position)
-                items = [[self._dropped(item, rng) for item in it] for it in items]
             rows.append(lay_out(items, self.slots, self.image_shape))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -171,20 +166,3 @@ class PackedDocuments:
         if is_dropped:
             return (image,)
         return TextSegment(caption, is_target=self._trains_on_prompts), image
-
-    def _dropped(self, item: Item, rng: np.random.Generator) -> Item:
-        num_ids = self._vocabulary.num_text_ids
-        is_text = item.token is not None and item.token < num_ids
-        # The last word before an image has a target too, the announcement of the image.
-        is_kept = item.target in (NO_TARGET, self._vocabulary.begin_of_image)
-        if not is_text or is_kept or rng.random() >= self._word_dropout:
-            return item
-        return dataclasses.replace(item, token=int(rng.integers(num_ids)))
-
-    def _rng(self, stream: bytes, position: int) -> np.random.Generator:
-        return np.random.Generator(
-            np.random.Philox(
-                key=np.array([self._seed, zlib.crc32(stream)], np.uint64),
-                counter=np.array([0, position, 0, 0], np.uint64),
-            )
-        )
