@@ -288,7 +288,9 @@ def test_a_class_in_a_prompt():
 
 
 @pytest.mark.parametrize(
-    ("num_beams", "scale_of_text", "scale"), [(1, 1, 1), (2, 1, 1), (1, 3, 1), (2, 3, 2), (1, 1, 2)]
+    ("num_beams", "scale_of_text", "scale"),
+    [(1, 1, 1), (2, 1, 1), (2, 3, 2)]
+    + [pytest.param(*it, marks=pytest.mark.long) for it in [(1, 3, 1), (1, 1, 2)]],
 )
 def test_an_image_after_a_text_that_is_generated(token_ids, num_beams, scale_of_text, scale):
     """It follows that text, and does not depend on how long those of other documents are.
