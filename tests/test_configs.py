@@ -78,7 +78,7 @@ def test_a_config_of_documents_takes_a_train_step_when_shrunk(name):
         config.autoencoder.path = "kl16"
     config.text.update({"max_length": 3, "tokens_per_row": 7, "images_per_row": 2})
     room = build_documents.slots(config)
-    document = (ImageSegment(np.zeros((1, 1, 1), np.uint8)), TextSegment("ab"))
+    document = (ImageSegment(np.zeros((1, 1, 1), np.uint8)), TextSegment("a"))
     vocabulary = build_documents.vocabulary(config)
     encode = build_documents.tokenizer(config).encode
     items = items_of(document, vocabulary, encode, config.text.max_length)

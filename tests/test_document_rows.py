@@ -256,7 +256,8 @@ def test_less_than_a_tenth_of_the_embedded_sets_rows_is_padding(name):
     """As packed, and of rows as they are laid out, whose captions may be left out."""
     config = load_config(str(tiny.CONFIGS / f"mnist_{name}.py"))
     documents = build_documents.documents(config, "train")
-    tokens_per_image = 2 * build.model(config).num_tokens  # clean and noised
+    tokens_of_image = build.model(config).num_tokens
+    tokens_per_image = (1 + config.diffusion.timesteps_per_ar_step) * tokens_of_image
     length = config.text.tokens_per_row + config.text.images_per_row * tokens_per_image
     assert build.sequence_length(config) == length
     assert 0 <= documents.padding_share(tokens_per_image) < 0.1
