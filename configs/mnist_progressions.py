@@ -24,11 +24,12 @@ def get_config() -> ConfigDict:
     config.model.width = 192
     config.model.depth = 5
     config.model.num_heads = 6
-    config.model.patch_size = 7
+    config.model.patch_size = 14
     config.model.num_condition_tokens = 1  # of no class, which no document has
 
     # More images in few AR steps, where their own clean tokens don't tell what comes next.
-    config.factorization.ar_step_decay = 0.8
+    config.factorization.ar_step_decay = 0.6
+    config.diffusion.timesteps_per_ar_step = 2
 
     config.loss.text_loss_weight = 0.1
     config.optimizer.ema_decay = 0.998

@@ -34,20 +34,20 @@ def get_config(variant: str = "joint") -> ConfigDict:
 
     config.text.tokenizer = "scene_words"
     config.text.max_length = 20
-    config.text.tokens_per_row = 32
+    config.text.tokens_per_row = 30
     config.text.images_per_row = 2
 
     config.model.width = 192
     config.model.depth = 5
     config.model.num_heads = 6
-    config.model.patch_size = 6  # a digit is 2x2 tokens
+    config.model.patch_size = 12  # a token is a cell of the grid
     config.model.num_condition_tokens = 1  # of no class, which no document has
 
     # More images in few AR steps, where their own clean tokens don't tell what the caption says.
     config.factorization.ar_step_decay = 0.8
-    config.diffusion.timesteps_per_ar_step = 2
+    config.diffusion.timesteps_per_ar_step = 4
 
-    config.loss.text_loss_weight = 0.1
+    config.loss.text_loss_weight = 0.3
 
     config.optimizer.ema_decay = 0.998
 

@@ -178,6 +178,9 @@ class Recorder:
         self._read.add(self._prefix + name)
         return value
 
+    def __contains__(self, name):
+        return name in self._config
+
     def keys(self):
         return self._config.keys()
 
