@@ -121,6 +121,5 @@ def documents(config: ConfigDict, split: str, loaded: Autoencoder | None = None)
         max_text_length=config.text.max_length,
         image_to_text_share=config.data.image_to_text_share,
         text_dropout=config.loss.text_dropout,
-        trains_on_prompts=config.loss.trains_on_prompts,
         seed=config.seed,
     )

@@ -251,19 +251,12 @@ class DocumentSampler(Sampler):
                 f"max_length is {settings.max_length}, but the model is trained with"
                 f" text.max_length={self.config.text.max_length}; pass at most that."
             )
-        if settings.is_guided and not self._knows_texts_alone:
+        if settings.is_guided and self.config.data.image_to_text_share == 1:
             raise UserError(
                 f"guidance_scale of text is {settings.guidance_scale:g}, but the model was not trained"
-                " on texts with nothing before them (data.image_to_text_share, loss.trains_on_prompts);"
-                " pass 1."
+                " on texts with nothing before them (data.image_to_text_share is 1); pass 1."
             )
         return settings
-
-    @property
-    def _knows_texts_alone(self) -> bool:
-        loss = self.config.loss
-        # Checkpoints from before the field trained on all prompts.
-        return self.config.data.image_to_text_share < 1 and loss.get("trains_on_prompts", True)
 
     def continue_documents(
         self,

@@ -79,7 +79,6 @@ def get_config() -> ConfigDict:
     config.loss.class_dropout = 0.1  # share of examples trained without their class, for guidance
     config.loss.text_loss_weight = 0.2  # of the cross-entropy of text against the diffusion loss
     config.loss.text_dropout = 0.1  # share of captions before images left out, for guidance
-    config.loss.trains_on_prompts = True  # captions before images are learned too
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 8e-4  # after warm-up

@@ -124,26 +124,6 @@ def test_shares_of_none_and_all(shares, expected):
     assert {(caption is None, is_before) for caption, is_before, _ in found} == {expected}
 
 
-def test_captions_before_images_need_not_be_learned():
-    """Only the announcement of the image is, and what follows images stays as it was."""
-    plain, masked = (
-        packed(trains_on_prompts=is_trained).rows_at(range(40), range(40))
-        for is_trained in (True, False)
-    )
-    for name in plain.keys() - {"text_targets"}:
-        np.testing.assert_array_equal(plain[name], masked[name])
-    is_prompt = np.zeros(plain["text_ids"].shape, bool)
-    for row, places in enumerate(plain["image_places"]):
-        begins = plain["text_begins"][row]
-        for place, begin in zip(places, plain["image_begins"][row], strict=True):
-            is_prompt[row] |= (begins == begin) & (plain["text_places"][row] < place)
-    is_prompt &= (plain["text_targets"] != OURS.begin_of_image) & (plain["text_places"] != NO_PLACE)
-    assert is_prompt.sum() > 100
-    np.testing.assert_array_equal(
-        masked["text_targets"], np.where(is_prompt, NO_TARGET, plain["text_targets"])
-    )
-
-
 def test_sequences():
     """Announced by text tokens alone, each learned but the first of a document."""
     documents = packed(Sequences(), Slots(12, 6))

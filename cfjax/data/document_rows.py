@@ -43,7 +43,6 @@ class PackedDocuments:
         max_text_length: int,
         image_to_text_share: float = 0.5,
         text_dropout: float = 0.1,
-        trains_on_prompts: bool = True,
         seed: int = 0,
     ):
         """Encodes all captions and packs them.
@@ -55,7 +54,6 @@ class PackedDocuments:
           max_text_length: of a caption, in tokens.
           image_to_text_share: of captioned images that come before their caption.
           text_dropout: share of captions before images that are left out, for guidance.
-          trains_on_prompts: whether captions before images are learned too.
           seed: of all that is drawn.
 
         Raises:
@@ -70,7 +68,6 @@ class PackedDocuments:
         self._source, self._tokenizer, self.slots = source, tokenizer, slots
         self._max_text_length = max_text_length
         self._image_to_text_share, self._text_dropout = image_to_text_share, text_dropout
-        self._trains_on_prompts = trains_on_prompts
         self._vocabulary = Vocabulary(tokenizer.vocabulary_size)
         self._seed = seed % 2**64
         if self.is_captioned:
@@ -159,10 +156,8 @@ class PackedDocuments:
     def _document(self, index: int, images: np.ndarray, rng: np.random.Generator) -> Document:
         if not self.is_captioned:
             return tuple(ImageSegment(image) for image in images)
-        caption, image = self._source.captions[index], ImageSegment(images)
+        caption, image = TextSegment(self._source.captions[index]), ImageSegment(images)
         is_image_first, is_dropped = rng.random(2) < (self._image_to_text_share, self._text_dropout)
         if is_image_first:
-            return image, TextSegment(caption)
-        if is_dropped:
-            return (image,)
-        return TextSegment(caption, is_target=self._trains_on_prompts), image
+            return image, caption
+        return (image,) if is_dropped else (caption, image)
