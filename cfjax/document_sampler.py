@@ -14,12 +14,12 @@ import numpy as np
 
 from cfjax import build_documents, sampling, sharding
 from cfjax.data.images import to_uint8
+from cfjax.document_parts import Prompt, as_documents
 from cfjax.document_stream import DocumentStream, StreamOptions
 from cfjax.documents import (
     ClassSegment,
     Document,
     ImageSegment,
-    Segment,
     TextSegment,
     Vocabulary,
     encode_text,
@@ -31,9 +31,6 @@ from cfjax.text_sampling import TextSampling
 
 KINDS = ("image", "text")
 TEXT_OPTIONS = tuple(field.name for field in dataclasses.fields(TextSampling))
-
-Part = str | np.ndarray | int | Segment
-Prompt = Part | Sequence[Part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,37 +368,3 @@ class DocumentSampler(Sampler):
             last = len(kinds) - 1
             parts = [stream.generate(kind, known, i == last) for i, kind in enumerate(kinds)]
         return [[part[row] for part in parts] for row in range(len(prompts))]
-
-
-def as_documents(prompt: Prompt | Sequence[Prompt]) -> list[Document]:
-    """One document or a list of them, of parts as `DocumentSampler.generate` takes them.
-
-    Raises:
-      UserError: a part that is none.
-    """
-    if isinstance(
-        prompt, str | np.ndarray | int | np.integer | TextSegment | ImageSegment | ClassSegment
-    ):
-        return [_as_document([prompt])]
-    is_many = any(isinstance(part, list | tuple) for part in prompt)
-    return [_as_document(it) for it in prompt] if is_many else [_as_document(prompt)]
-
-
-def _as_document(parts: Prompt) -> Document:
-    if isinstance(parts, str | np.ndarray | int | np.integer):
-        parts = [parts]
-    return tuple(segment for part in parts for segment in _as_segments(part))
-
-
-def _as_segments(part: Part) -> list[Segment]:
-    if isinstance(part, TextSegment | ImageSegment | ClassSegment):
-        return [part]
-    if isinstance(part, str):
-        return [TextSegment(part)] if part else []
-    if isinstance(part, np.ndarray):
-        return [ImageSegment(part)]
-    if isinstance(part, int | np.integer):
-        return [ClassSegment(int(part))]
-    raise UserError(
-        f"a part of the prompt is {type(part).__name__}; pass texts, uint8 images, or classes."
-    )

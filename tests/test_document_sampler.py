@@ -14,7 +14,8 @@ import tiny_documents
 
 from cfjax import build, document_sampling, sampling, sharding
 from cfjax.data.images import to_uint8
-from cfjax.document_sampler import DocumentSampler, as_documents
+from cfjax.document_parts import as_documents
+from cfjax.document_sampler import DocumentSampler
 from cfjax.document_stream import DocumentStream, StreamOptions
 from cfjax.documents import ClassSegment, ImageSegment, TextSegment
 from cfjax.errors import UserError

@@ -74,7 +74,7 @@ ROOMS = {
         ],
     ),
     "sampler": (
-        ["sampler", "document_sampler", "document_stream", "model_loading"],
+        ["sampler", "document_sampler", "document_parts", "document_stream", "model_loading"],
         [
             *(GROUND, "models", "sampling", "storage", "data", "config", "build"),
             "autoencoder files",
