@@ -52,7 +52,7 @@ def get_config(variant: str = "joint") -> ConfigDict:
     config.optimizer.ema_decay = 0.998
 
     config.train.global_batch_size = 16  # rows of 2 documents
-    config.train.num_train_steps = 7_000
+    config.train.num_train_steps = 10_000
 
     config.sampling.denoising_steps = "20"
     config.sampling.guidance_scale = 5.0
