@@ -56,6 +56,7 @@ def model(config: ConfigDict) -> CausalFusion:
         num_condition_tokens=model.num_condition_tokens,
         condition_repeats=model.condition_repeats,
         position_embedding=model.position_embedding,
+        position_scale=model.position_scale,
         mlp_ratio=model.mlp_ratio,
         dtype=DTYPES[model.dtype],
         gradient_dtype=DTYPES[model.gradient_dtype],

@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     config.model.num_condition_tokens = 64  # learned condition tokens a class
     config.model.condition_repeats = 1  # how often those are repeated (paper Table 8)
     config.model.position_embedding = "learned"  # or "sincos" (frozen)
+    config.model.position_scale = 1.0  # times sin-cos, where learned positions start
     config.model.dtype = "bfloat16"  # of matrix products; all else is float32
     config.model.gradient_dtype = "float32"  # in which devices add up the weights' gradients
     config.model.remat_policy = "dots"  # what the backward pass recomputes: "none", "dots", "full"

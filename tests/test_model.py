@@ -308,6 +308,16 @@ def test_learned_positions_start_as_the_frozen_table():
     )
 
 
+def test_learned_positions_start_at_a_scale():
+    params = []
+    for model in (SMALL, SMALL.clone(position_scale=8.0)):
+        init = jax.jit(functools.partial(model.init, jax.random.key(0)))
+        params.append(nn.meta.unbox(init(*example_inputs(model)))["params"])
+    one, eight = params
+    np.testing.assert_array_equal(eight.pop("token_positions"), 8 * one.pop("token_positions"))
+    jax.tree.map(np.testing.assert_array_equal, eight, one)
+
+
 def test_initialization():
     wide = SMALL.clone(width=64, num_classes=500)
     init = functools.partial(wide.init, jax.random.key(0))
@@ -345,6 +355,7 @@ def zero_final(params):
     [
         ({"remat_policy": "some"}, "remat policy 'some'"),
         ({"position_embedding": "rotary"}, "position embedding 'rotary'"),
+        ({"position_embedding": "sincos", "position_scale": 8.0}, "position scale 8.0"),
         ({"num_heads": 3}, "width 16 is not divisible by 3 heads"),
         ({"width": 18}, "width 18 is not divisible by 4"),
     ],

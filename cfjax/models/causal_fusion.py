@@ -130,6 +130,8 @@ class CausalFusion(nn.Module):
       num_condition_tokens: n learned condition tokens per class.
       condition_repeats: each class's n tokens are repeated this often (paper Table 8).
       position_embedding: "learned" (starts at sin-cos) or "sincos" (frozen), of the image tokens.
+      position_scale: times sin-cos, where learned positions start. The pixels of large tokens add up
+        to embeddings beside which 1 is hardly seen.
       mlp_ratio: hidden width of the MLP over D.
       dtype: of the matrix products; parameters, norms and softmax are float32.
       gradient_dtype: in which the weights' gradients are summed, over examples and devices.
@@ -151,6 +153,7 @@ class CausalFusion(nn.Module):
     num_condition_tokens: int = 4
     condition_repeats: int = 1
     position_embedding: str = "learned"
+    position_scale: float = 1.0
     mlp_ratio: float = 4.0
     dtype: Any = jnp.float32
     gradient_dtype: Any = jnp.float32
@@ -177,6 +180,11 @@ class CausalFusion(nn.Module):
         check_choice("remat policy", self.remat_policy, REMAT_POLICIES)
         check_choice("attention", self.attention, ATTENTIONS)
         check_choice("position embedding", self.position_embedding, POSITION_EMBEDDINGS)
+        if self.position_embedding != "learned" and self.position_scale != 1.0:
+            raise UserError(
+                f"position scale {self.position_scale} is where learned positions start, but position"
+                f" embedding is {self.position_embedding!r}; set it to 'learned', or the scale to 1."
+            )
         if self.width % self.num_heads:
             raise UserError(f"width {self.width} is not divisible by {self.num_heads} heads.")
         if self.width % 4:
@@ -196,7 +204,7 @@ class CausalFusion(nn.Module):
         if self.position_embedding == "learned":
             self.token_positions = self.param(
                 "token_positions",
-                with_logical_axes(lambda *_: sincos, ("tokens", "position_width")),
+                with_logical_axes(lambda *_: self.position_scale * sincos, ("tokens", "position_width")),
             )
         else:
             self.token_positions = sincos
