@@ -2,7 +2,8 @@
 
     python -m cfjax.train --config configs/mnist_progressions.py --workdir runs/mnist_progressions
 
-Hardware: 2 CPU cores.
+Hardware: 2 CPU cores, half an hour. Expected: after three images the next has the right class in 87%,
+and so has the thirtieth; see docs/documents.md.
 """
 
 from ml_collections import ConfigDict
@@ -35,6 +36,6 @@ def get_config() -> ConfigDict:
     config.train.global_batch_size = 8
     config.train.num_train_steps = 9_000
 
-    config.sampling.guidance_scale = 4.0
+    config.sampling.guidance_scale = 4.0  # against an image that begins a document
 
     return config
