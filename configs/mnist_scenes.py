@@ -41,8 +41,8 @@ def get_config(variant: str = "joint") -> ConfigDict:
     config.model.depth = 5
     config.model.num_heads = 6
     config.model.patch_size = 12  # a token is a cell of the grid
-    # At 1, beside 432 pixels, where a digit stands is never learned.
-    config.model.position_scale = 8.0
+    # At 1, beside 432 pixels, where a digit stands is never learned; at 8, later.
+    config.model.position_scale = 32.0
     config.model.num_condition_tokens = 1  # of no class, which no document has
 
     # More images in few AR steps, where their own clean tokens don't tell what the caption says.
