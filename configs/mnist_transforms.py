@@ -22,6 +22,6 @@ def get_config() -> ConfigDict:
 
     config.train.global_batch_size = 12
 
-    config.sampling.guidance_scale = 1.0  # the right answer is one image, which more would overshoot
+    config.sampling.guidance_scale = 1.0  # more would overshoot the one right answer
 
     return config

@@ -204,7 +204,9 @@ class CausalFusion(nn.Module):
         if self.position_embedding == "learned":
             self.token_positions = self.param(
                 "token_positions",
-                with_logical_axes(lambda *_: self.position_scale * sincos, ("tokens", "position_width")),
+                with_logical_axes(
+                    lambda *_: self.position_scale * sincos, ("tokens", "position_width")
+                ),
             )
         else:
             self.token_positions = sincos
