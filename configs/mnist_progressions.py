@@ -2,7 +2,7 @@
 
     python -m cfjax.train --config configs/mnist_progressions.py --workdir runs/mnist_progressions
 
-Hardware: 2 CPU cores, half an hour. Expected: after three images the next has the right class in 87%,
+Hardware: a CPU; half an hour on one core. Expected: after three images the next has the right class in 87%,
 and so has the thirtieth; see docs/documents.md.
 """
 

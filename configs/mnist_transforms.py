@@ -2,7 +2,7 @@
 
     python -m cfjax.train --config configs/mnist_transforms.py --workdir runs/mnist_transforms
 
-Hardware: 2 CPU cores, half an hour. Expected: 97% of the answers are right; see docs/documents.md.
+Hardware: a CPU; half an hour on one core. Expected: 97% of the answers are right; see docs/documents.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,7 @@
-"""Scores of models of documents: the program, what it keeps, and each table against its functions."""
+"""Scores of models of documents: the program, what it keeps, and each table against its functions.
+
+Longer than most files: all tables are asked of the same tiny runs.
+"""
 
 import json
 
