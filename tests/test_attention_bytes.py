@@ -15,13 +15,15 @@ def bytes_accessed(case):
     return attention_bytes.measure_in_process(case)["bytes_accessed_mib"]
 
 
-@pytest.mark.parametrize(("size", "most"), [("256", 0.75), ("512", 0.10)])
+@pytest.mark.parametrize(
+    ("size", "most"), [("256", 0.75), pytest.param("512", 0.10, marks=pytest.mark.long)]
+)
 def test_attention_moves_fewer_bytes_than_with_a_mask_array(size, most):
     """Splash attention, which holds neither mask nor weights in memory."""
     assert bytes_accessed(f"{size}_splash") <= most * bytes_accessed(f"{size}_mask")
 
 
-@pytest.mark.parametrize("attention", ["fused", "split"])
+@pytest.mark.parametrize("attention", ["fused", pytest.param("split", marks=pytest.mark.long)])
 def test_a_mask_from_ids_is_cheaper_than_an_array(attention):
     assert bytes_accessed(f"256_{attention}") < 0.85 * bytes_accessed("256_mask")
 

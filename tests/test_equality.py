@@ -136,7 +136,14 @@ def assert_same_training(workdir, expected, config, names=("loss", "gradient_nor
         assert_alike(*(getattr(state, part) for state in last))
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(MESHES["data=8"], id="data=8", marks=pytest.mark.long),
+        pytest.param(MESHES["fsdp=8"], id="fsdp=8", marks=pytest.mark.long),
+        pytest.param(MESHES["data=2,fsdp=2,tensor=2"], id="data=2,fsdp=2,tensor=2"),
+    ],
+)
 def test_train_steps_are_the_same_on_a_mesh(on_one_device, workdir, sizes):
     train(tiny.config(**mesh_overrides(sizes)), workdir)
     assert_same_training(workdir, on_one_device, tiny.config(**OVERRIDES))

@@ -92,7 +92,9 @@ def test_theirs_to_ours_and_back(tmp_path, config):
     check_both_ways(tmp_path, config, (16, 24))
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "diffusers_old"])
+@pytest.mark.parametrize(
+    "layout", ["diffusers", pytest.param("diffusers_old", marks=pytest.mark.long)]
+)
 def test_ours_to_theirs(tmp_path, layout):
     module = AutoencoderKL(
         channels=16,

@@ -56,6 +56,7 @@ def their_spatial_distance(extractor, *sets):
     return found[metric_fid.KEY_METRIC_FID]
 
 
+@pytest.mark.long
 def test_a_checkpoint_scores_as_its_pngs_do(published, workdir, tmp_path):  # noqa: F811
     spread_classes(published)
     torch.save(published.state_dict(), tmp_path / "pt_inception.pth")

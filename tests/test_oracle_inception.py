@@ -103,7 +103,7 @@ def test_the_resize_is_theirs(size):
     np.testing.assert_array_equal(resize(pixels), np.moveaxis(theirs.numpy(), 1, -1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_prints_json():
     values = run("evaluation", "--batch_size=1", "--size=32")
     assert values["images_per_second"] > 0 and values["torch_fidelity_images_per_second"] > 0

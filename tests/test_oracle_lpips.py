@@ -82,7 +82,7 @@ def images(channels, size):
     return rng.uniform(-1, 1, (2, 3, *size, channels)).astype(np.float32)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_distances_and_gradients_are_the_published_ones(published, ours, channels):
     params = lpips_files.load(ours)
     x, y = images(channels, (37, 20))

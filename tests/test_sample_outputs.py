@@ -393,6 +393,7 @@ def test_one_chunk_in_memory(kind, tmp_path):
     assert peak < 4 * chunk.nbytes  # of 12 that there are
 
 
+@pytest.mark.long
 def test_kills(tmp_path):
     """In a program of its own, as that forks, which is no good with the threads of jax."""
     done = subprocess.run(

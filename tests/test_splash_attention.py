@@ -140,8 +140,8 @@ def fused_irregular():
     "variant",
     [
         {"remat_policy": "dots"},
-        {"remat_policy": "full"},
-        {"scan_layers": False, "remat_policy": "dots"},
+        pytest.param({"remat_policy": "full"}, marks=pytest.mark.long),
+        pytest.param({"scan_layers": False, "remat_policy": "dots"}, marks=pytest.mark.long),
     ],
 )
 def test_scanned_and_rematerialized_splash_agrees(variant):
