@@ -20,8 +20,10 @@ from cfjax.optimizer import make_optimizer
 
 FAULTY = str(Path(__file__).parent / "faulty_train.py")
 # Generous, as the machine may be busy: what takes longer has hung.
-TIMEOUT = 240
+TIMEOUT = 300
 BATCH = 16
+# Of programs in processes of their own: how many, and the devices of each.
+ONE_DEVICE, TWO_PROCESSES = (1, 1), (2, 4)
 
 
 def free_port():
@@ -40,6 +42,22 @@ def run_in_process(program, arguments):
     finally:
         flags.FLAGS.unparse_flags()
         flags.FLAGS.remove_flag_values([name for name in flags.FLAGS if name not in before])
+
+
+def launch(place, name, *flags):
+    """Runs a program of cfjax by the launcher, which sets the processes and their devices."""
+    num_processes, num_devices = place
+    launcher = ["bash", "launch/local_processes.sh", str(num_processes)]
+    done = subprocess.run(
+        [*launcher, sys.executable, "-m", f"cfjax.{name}", *map(str, flags)],
+        cwd=tiny.REPOSITORY,
+        env=os.environ | {"XLA_FLAGS": "", "DEVICES": str(num_devices)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 class Run:

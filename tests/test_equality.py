@@ -5,10 +5,7 @@ gradients. All is float32; sums over devices add in another order.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -16,6 +13,7 @@ import pytest
 import random_inception
 import tiny
 import tiny_features
+from runs import ONE_DEVICE, TWO_PROCESSES, launch
 
 import cfjax
 from cfjax import autoencoder_files, build, checkpoints, sharding
@@ -44,25 +42,7 @@ MESHES = {
     "fsdp=8": {"data": 1, "fsdp": 8},
     "data=2,fsdp=2,tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
-# Of programs in processes of their own: how many, and the devices of each.
-ONE_DEVICE, TWO_PROCESSES = (1, 1), (2, 4)
 TWO_PROCESSES_MESH = {"data": 2, "fsdp": 4}
-
-
-def run(place, name, *flags):
-    """Runs a program of cfjax by the launcher, which sets the processes and their devices."""
-    num_processes, num_devices = place
-    launcher = ["bash", "launch/local_processes.sh", str(num_processes)]
-    done = subprocess.run(
-        [*launcher, sys.executable, "-m", f"cfjax.{name}", *map(str, flags)],
-        cwd=tiny.REPOSITORY,
-        env=os.environ | {"XLA_FLAGS": "", "DEVICES": str(num_devices)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def mesh_overrides(sizes):
@@ -99,7 +79,7 @@ def workdir(start, tmp_path):
 def on_one_device(start, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
     shutil.copytree(start / "checkpoints", workdir / "checkpoints")
-    run(ONE_DEVICE, "train", *tiny.flags(**OVERRIDES), f"--workdir={workdir}")
+    launch(ONE_DEVICE, "train", *tiny.flags(**OVERRIDES), f"--workdir={workdir}")
     return workdir
 
 
@@ -153,7 +133,7 @@ def test_train_steps_are_the_same_on_a_mesh(on_one_device, workdir, sizes):
 @pytest.mark.multiprocess
 def test_train_steps_are_the_same_on_two_processes(on_one_device, workdir):
     overrides = mesh_overrides(TWO_PROCESSES_MESH)
-    run(TWO_PROCESSES, "train", *tiny.flags(**overrides), f"--workdir={workdir}")
+    launch(TWO_PROCESSES, "train", *tiny.flags(**overrides), f"--workdir={workdir}")
     assert_same_training(workdir, on_one_device, tiny.config(**OVERRIDES))
 
 
@@ -162,7 +142,7 @@ def documents_on_one_device(tmp_path_factory):
     """The same of a model of documents, which has its checkpoint of train step 0 too."""
     workdir = tmp_path_factory.mktemp("documents")
     save_start(tiny.document_config(**OVERRIDES), workdir)
-    run(ONE_DEVICE, "train", *tiny.document_flags(**OVERRIDES), f"--workdir={workdir}")
+    launch(ONE_DEVICE, "train", *tiny.document_flags(**OVERRIDES), f"--workdir={workdir}")
     return workdir
 
 
@@ -189,14 +169,14 @@ def test_train_steps_of_documents_are_the_same_on_a_mesh(documents_on_one_device
 def test_train_steps_of_documents_are_the_same_on_two_processes(documents_on_one_device, tmp_path):
     start_of_documents(documents_on_one_device, tmp_path)
     overrides = mesh_overrides(TWO_PROCESSES_MESH)
-    run(TWO_PROCESSES, "train", *tiny.document_flags(**overrides), f"--workdir={tmp_path}")
+    launch(TWO_PROCESSES, "train", *tiny.document_flags(**overrides), f"--workdir={tmp_path}")
     assert_same_training_of_documents(tmp_path, documents_on_one_device)
 
 
 @pytest.fixture(scope="module")
 def autoencoder_on_one_device(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("autoencoder")
-    run(ONE_DEVICE, "train_autoencoder", *autoencoder_flags(), f"--workdir={workdir}")
+    launch(ONE_DEVICE, "train_autoencoder", *autoencoder_flags(), f"--workdir={workdir}")
     return workdir
 
 
@@ -208,7 +188,7 @@ def autoencoder_flags():
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("place", [(1, 8), TWO_PROCESSES])
 def test_autoencoders_are_the_same_everywhere(autoencoder_on_one_device, tmp_path, place):
-    run(place, "train_autoencoder", *autoencoder_flags(), f"--workdir={tmp_path}")
+    launch(place, "train_autoencoder", *autoencoder_flags(), f"--workdir={tmp_path}")
     metrics = [read_metrics(folder) for folder in (tmp_path, autoencoder_on_one_device)]
     assert [line["train_step"] for line in metrics[1]] == [1, 2, 3, 4, 5, 6]
     for line, other in zip(*metrics, strict=True):
@@ -231,7 +211,7 @@ def test_autoencoders_are_the_same_everywhere(autoencoder_on_one_device, tmp_pat
 def samples(start, tmp_path_factory):
     """Images of 20 classes in a row, by one device."""
     out = tmp_path_factory.mktemp("samples") / "one.npz"
-    run(ONE_DEVICE, "sample", *sample_flags(start, out))
+    launch(ONE_DEVICE, "sample", *sample_flags(start, out))
     return read_images(out)
 
 
@@ -253,7 +233,7 @@ def test_samples_are_the_same_on_a_mesh(start, samples, sizes):
 
 @pytest.mark.multiprocess
 def test_samples_are_the_same_on_two_processes(start, samples, tmp_path):
-    run(TWO_PROCESSES, "sample", *sample_flags(start, tmp_path / "two.npz"), "--fsdp=4")
+    launch(TWO_PROCESSES, "sample", *sample_flags(start, tmp_path / "two.npz"), "--fsdp=4")
     images, labels = read_images(tmp_path / "two.npz")
     np.testing.assert_array_equal(labels, samples[1])
     np.testing.assert_array_equal(images, samples[0])
@@ -287,7 +267,7 @@ def test_scores_are_the_same_everywhere(start, classifier, tmp_path):
         out = tmp_path / str(place)
         shutil.copytree(classifier, out / "classifier")
         flags = [f"--checkpoint={start}", f"--out={out}", "--num_samples=30", "--ar_steps=1,4"]
-        run(place, "evaluate", *flags, *mesh_flags)
+        launch(place, "evaluate", *flags, *mesh_flags)
         scores.append(json.loads((out / "scores.json").read_text()))
     assert len({score["protocol"]["feature extractor"] for score in scores}) == 1
     for score in scores[1:]:
@@ -311,7 +291,7 @@ def test_statistics_of_inceptions_features_are_the_same_everywhere(tmp_path):
         out = tmp_path / f"{place}.npz"
         flags = [f"--images={tmp_path / 'real.npz'}", f"--inception_weights={weights}"]
         flags += [f"--out={out}", f"--batch_size={batch_size}", "--inception_images_per_device=2"]
-        run(place, "reference_stats", *flags)
+        launch(place, "reference_stats", *flags)
         with np.load(out) as arrays:
             found.append({name: arrays[name] for name in arrays if name != "card"})
     assert found[0]["features"].shape == (11, 2048)
@@ -343,7 +323,7 @@ def test_scores_in_training_are_the_same_everywhere(start, tmp_path):
         workdir = tmp_path / str(place)
         shutil.copytree(start / "checkpoints", workdir / "checkpoints")
         flags = tiny.flags(**overrides, **{f"mesh__{axis}": size for axis, size in mesh.items()})
-        run(place, "train", *flags, f"--workdir={workdir}")
+        launch(place, "train", *flags, f"--workdir={workdir}")
         (line,) = [line for line in read_metrics(workdir) if "evaluation/fid" in line]
         distances.append(line["evaluation/fid"])
     # Parameters after a train step differ by rounding, and so do the pixels of their samples.
