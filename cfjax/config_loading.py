@@ -17,6 +17,8 @@ from ml_collections.config_flags import config_flags
 from cfjax.errors import UserError
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+# Fields that older checkpoints don't have, by group, with what a config without them means.
+_ADDED_FIELDS = {"model": {"position_scale": 1.0}}
 _ILLEGAL_VALUE = re.compile(r"flag --config\.([^=]+)=(.*?): ")
 
 
@@ -103,6 +105,8 @@ def config_to_json(config: ConfigDict) -> str:
 def config_from_json(text: str) -> ConfigDict:
     """The locked config that `config_to_json` wrote; arrays become tuples.
 
+    That of an older checkpoint gets the fields that were added since, with what was meant without.
+
     Raises:
       UserError: `text` is not a JSON object.
     """
@@ -114,6 +118,9 @@ def config_from_json(text: str) -> ConfigDict:
         ) from error
     if not isinstance(document, dict):
         raise UserError(f"the config must be a JSON object, got {text[:40]!r}.")
+    for group, fields in _ADDED_FIELDS.items():
+        if isinstance(document.get(group), dict):
+            document[group] = fields | document[group]
     config = ConfigDict(_lists_to_tuples(document))
     config.lock()
     return config

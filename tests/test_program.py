@@ -7,6 +7,7 @@ import sys
 import jax
 import optax
 import pytest
+import tiny
 from ml_collections import ConfigDict
 
 from cfjax import checkpoints, config_loading, program, sharding, train_state
@@ -180,6 +181,17 @@ def test_config_to_json_and_back():
         config_loading.config_from_json("{")
     with pytest.raises(UserError, match="must be a JSON object"):
         config_loading.config_from_json("[1]")
+
+
+def test_a_config_of_an_older_checkpoint_gets_later_fields():
+    later = config_loading.load_config(str(tiny.CONFIGS / "mnist_scenes.py"))
+    older = later.copy_and_resolve_references()
+    with older.unlocked():
+        del older.model.position_scale
+    config = config_loading.config_from_json(config_loading.config_to_json(older))
+    assert config.model.position_scale == 1.0
+    config = config_loading.config_from_json(config_loading.config_to_json(later))
+    assert config.model.position_scale == later.model.position_scale != 1.0
 
 
 def test_program_runs_with_flags(folder, config_path):
