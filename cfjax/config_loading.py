@@ -17,9 +17,9 @@ from ml_collections.config_flags import config_flags
 from cfjax.errors import UserError
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+_ILLEGAL_VALUE = re.compile(r"flag --config\.([^=]+)=(.*?): ")
 # Fields that older checkpoints don't have, by group, with what a config without them means.
 _ADDED_FIELDS = {"model": {"position_scale": 1.0}}
-_ILLEGAL_VALUE = re.compile(r"flag --config\.([^=]+)=(.*?): ")
 
 
 def define_config_flag(required: bool = True) -> flags.FlagHolder:

@@ -1,4 +1,4 @@
-"""Runs of `python -m cfjax.train` with the tiny config, in one or several processes, to be disturbed."""
+"""Programs of cfjax in one or several processes; trainings with the tiny config, to be disturbed."""
 
 import os
 import re

@@ -47,7 +47,10 @@ def test_scores(tmp_path):
             f"--out={out}",
             "--num_samples=11",
         )
-        blocks = [np.load(path)["images"] for path in sorted(out.glob("generated/*/*.npz"))]
+        blocks = []
+        for path in sorted(out.glob("generated/*/*.npz")):
+            with np.load(path) as arrays:
+                blocks.append(arrays["images"])
         made.append(np.concatenate(blocks))
         reports.append(json.loads((out / "scores.json").read_text())["scores"])
     assert len(made[0]) == 11
