@@ -14,6 +14,7 @@ from cfjax.sharding import make_mesh, unbox
 from cfjax.train import train
 
 
+@pytest.mark.long
 def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch):
     """To the bit, as rows, directions, dropout and noise follow from the train step."""
     whole = train(tiny_documents.config(), str(tmp_path / "whole"))
