@@ -16,7 +16,7 @@ import tiny_features
 from runs import ONE_DEVICE, TWO_PROCESSES, launch
 
 import cfjax
-from cfjax import autoencoder_files, build, checkpoints, sharding
+from cfjax import autoencoder_files, build, build_documents, checkpoints, sharding
 from cfjax.config_loading import config_to_json
 from cfjax.data.image_files import read_images, write_npz
 from cfjax.data.sources import MnistSource
@@ -141,7 +141,9 @@ def test_train_steps_are_the_same_on_two_processes(on_one_device, workdir):
 def documents_on_one_device(tmp_path_factory):
     """The same of a model of documents, which has its checkpoint of train step 0 too."""
     workdir = tmp_path_factory.mktemp("documents")
-    save_start(tiny.document_config(**OVERRIDES), workdir)
+    config = tiny.document_config(**OVERRIDES)
+    config.text.checksum = build_documents.tokenizer(config).checksum  # as training sets it
+    save_start(config, workdir)
     launch(ONE_DEVICE, "train", *tiny.document_flags(**OVERRIDES), f"--workdir={workdir}")
     return workdir
 
