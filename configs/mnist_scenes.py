@@ -10,8 +10,8 @@ Variants, as in the paper's Table 6a and to compare with:
 | `text_to_image`, `image_to_text` | one of the two, in half as many train steps |
 | `transfusion` | as `joint`, with all tokens of an image in one AR step |
 
-Hardware: 2 CPU cores. Expected: `joint` in 73 minutes on one core beside another training; what it
-reaches is in docs/documents.md.
+Hardware: 2 CPU cores; `joint` in about an hour, on one of them 73 minutes. What to expect of it is in
+docs/documents.md.
 """
 
 from ml_collections import ConfigDict
