@@ -24,6 +24,7 @@ EDIT_WAYS = {
     "`kept_as=clean`": {"kept_as": "clean"},
     "`kept_as=noised`": {"kept_as": "noised"},
     "noised, best of 4": {"kept_as": "noised", "num_candidates": 4},
+    "noised, best of 8": {"kept_as": "noised", "num_candidates": 8},
 }
 # To compare with: real digits of the new class in place of what is generated.
 PASTED, NUM_PASTED = "pasted", 16

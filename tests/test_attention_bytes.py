@@ -16,7 +16,11 @@ def bytes_accessed(case):
 
 
 @pytest.mark.parametrize(
-    ("size", "most"), [("256", 0.75), pytest.param("512", 0.10, marks=pytest.mark.long)]
+    ("size", "most"),
+    [
+        pytest.param("256", 0.75, marks=pytest.mark.long),
+        pytest.param("512", 0.10, marks=pytest.mark.long),
+    ],
 )
 def test_attention_moves_fewer_bytes_than_with_a_mask_array(size, most):
     """Splash attention, which holds neither mask nor weights in memory."""

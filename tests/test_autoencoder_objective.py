@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from autoencoders import random_params
 from scipy import integrate, stats
 
 from cfjax import autoencoder_objective
@@ -67,7 +68,7 @@ def test_psnr_is_of_clipped_floats_with_a_range_of_two():
 
 @pytest.fixture(scope="module")
 def case():
-    params = MODULE.init(jax.random.key(0), jnp.zeros((1, 2, 2, 3)))["params"]
+    params = random_params(MODULE)
     images = np.random.default_rng(1).uniform(-1, 1, (4, 6, 4, 3)).astype(np.float32)
     keys = per_example_keys(jax.random.key(2), jnp.arange(4))
     return params, images, keys

@@ -153,7 +153,8 @@ def test_to_ours_and_back_bit_for_bit(tmp_path, letter):
     assert any("start_epoch is 0" in it for it in remarks(tmp_path / "back.pt.conversion.json"))
 
 
-@pytest.mark.parametrize("letter", ["A", pytest.param("B", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("letter", golden_data.MODELS)
 def test_the_next_update_is_the_same_here_and_there(tmp_path, letter):
     first = trained(letter)
     source = save(tmp_path / "x.pt", first.document())

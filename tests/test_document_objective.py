@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import random_documents as made
 import tiny
+from quick_jit import quick_jit
 
 from cfjax import document_objective, objective
 from cfjax.diffusion.schedule import make_noise_schedule
@@ -70,7 +71,7 @@ def jitted(of, model=MODEL):
     def loss(params, tokens, a_batch, drawn, weights):
         return document_objective.loss(of, model, params, tokens, a_batch, drawn, weights)
 
-    return jax.jit(loss)
+    return quick_jit(loss)
 
 
 def loss_of(of, its_tokens=None, a_batch=None, drawn=None, weights=None):
@@ -86,7 +87,7 @@ def loss_of(of, its_tokens=None, a_batch=None, drawn=None, weights=None):
 
 def prediction_and_logits(drawn):
     x_start, x_t, _ = noised(drawn)
-    apply = jax.jit(functools.partial(MODEL.apply, method=MODEL.documents))
+    apply = quick_jit(functools.partial(MODEL.apply, method=MODEL.documents))
     inputs = (x_start.astype(np.float32), x_t.astype(np.float32), drawn.t, *drawn.plan)
     return apply({"params": params()}, made.of_batch(batch()), *inputs)
 
@@ -280,7 +281,7 @@ def gradients(of, model=MODEL, part=slice(None)):
     def loss(params):
         return document_objective.loss(of, model, params, *cut).loss
 
-    return jax.jit(jax.value_and_grad(loss))(params())
+    return quick_jit(jax.value_and_grad(loss))(params())
 
 
 def assert_close(found, expected, tolerance=1e-5):
@@ -370,7 +371,7 @@ def test_a_class_and_its_image_have_the_loss_of_single_images(mode):
     its_weights = document_objective.weights(a_batch)
     output = jitted(of, model)(its_params, its_tokens, a_batch, drawn, its_weights)
     alone = jax.tree.map(lambda x: x[:, 0], drawn)
-    of_images = jax.jit(
+    of_images = quick_jit(
         functools.partial(objective.loss, of.image, model, num_clean=made.NUM_TOKENS)
     )
     expected = of_images(its_params, its_tokens[:, 0], alone)

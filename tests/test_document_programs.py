@@ -288,6 +288,7 @@ def test_another_tokenizer_is_refused(tmp_path):
         cfjax.load(run, tokenizer="bytes")
 
 
+@pytest.mark.long
 def test_a_tokenizer_may_lie_elsewhere_than_in_training(tmp_path, workdir):
     config = tiny_documents.config(text__tokenizer="scene_words")
     run = tiny.save_random_checkpoint(tmp_path / "run", of_run=config)

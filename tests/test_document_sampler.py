@@ -87,10 +87,15 @@ BY_HAND = [
     (["a", IMAGES[0]], [[END, *b"a", BEGIN_IMAGE], IMAGES[0], [END_IMAGE, BEGIN_IMAGE]]),
     ([IMAGES[0], "a"], [[END, BEGIN_IMAGE], IMAGES[0], [END_IMAGE, *b"a", BEGIN_IMAGE]]),
 ]
+UNGUIDED, GUIDED = 1.0, 2.5
+IMAGES_BY_HAND = [
+    *((*BY_HAND[index], scale) for index, scale in [(0, UNGUIDED), (0, GUIDED), (4, GUIDED)]),
+    *(pytest.param(*it, UNGUIDED, marks=pytest.mark.long) for it in BY_HAND[1:]),
+    *(pytest.param(*it, GUIDED, marks=pytest.mark.long) for it in BY_HAND[1:4]),
+]
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-@pytest.mark.parametrize(("prompt", "by_hand"), BY_HAND)
+@pytest.mark.parametrize(("prompt", "by_hand", "scale"), IMAGES_BY_HAND)
 def test_an_image_is_the_guided_prediction_by_hand(prompt, by_hand, scale):
     """After one denoising step it is the predicted x_0; what guides has the empty prompt."""
     of, index = sampler(), 3
@@ -162,7 +167,7 @@ def test_guided_text_is_the_most_probable_against_the_text_alone_by_hand(
         assert [ids] != sampler().generate(prompt=prompt, what="text", max_length=20)
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("num_beams", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_guided_text_after_another(token_ids, num_beams):
     """It is guided by itself alone, not by the text before it, and makes no other text of the first."""
     of = sampler()
@@ -293,8 +298,11 @@ def test_a_class_in_a_prompt():
 
 @pytest.mark.parametrize(
     ("num_beams", "scale_of_text", "scale"),
-    [(1, 1, 1), (2, 1, 1), (2, 3, 2)]
-    + [pytest.param(*it, marks=pytest.mark.long) for it in [(1, 3, 1), (1, 1, 2)]],
+    [(2, 3, 2)]
+    + [
+        pytest.param(*it, marks=pytest.mark.long)
+        for it in [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 2)]
+    ],
 )
 def test_an_image_after_a_text_that_is_generated(token_ids, num_beams, scale_of_text, scale):
     """It follows that text, and does not depend on how long those of other documents are.

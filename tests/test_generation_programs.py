@@ -152,6 +152,7 @@ def test_editing_in_python(model):
     assert shares[0] > shares[1]
 
 
+@pytest.mark.long
 def test_editing_with_noised_context(model):
     """What is kept comes back, and image i is the same bytes in any batch, from wherever on."""
     images = model.generate([3, 5, 7], num_ar_steps=2)

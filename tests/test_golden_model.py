@@ -19,6 +19,7 @@ from golden_data import (
     to_latents,
     to_tokens,
 )
+from quick_jit import quick_jit
 
 from cfjax.diffusion.process import add_noise
 from cfjax.diffusion.schedule import make_noise_schedule
@@ -43,7 +44,7 @@ def training_inputs(letter, split, num_clean):
 @pytest.mark.parametrize("split", SPLITS)
 def test_training_prediction(letter, split):
     golden = load(f"model{letter}_train_{split}")
-    apply = jax.jit(model(letter).apply)
+    apply = quick_jit(model(letter).apply)
     num_tokens = model(letter).num_tokens
     covering = num_tokens - int(golden["last_split_size"])
     for num_clean in sorted({covering, (covering + num_tokens) // 2, num_tokens}):

@@ -16,6 +16,7 @@ from golden_data import (
     params,
     to_tokens,
 )
+from quick_jit import quick_jit
 
 from cfjax import objective
 from cfjax.convert.causal_fusion import params_to_published
@@ -45,7 +46,7 @@ def loss_and_grads(letter, split):
         output = objective.loss(published, module, params, tokens, drawn)
         return output.loss, output
 
-    (_, output), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params(letter))
+    (_, output), grads = quick_jit(jax.value_and_grad(loss_fn, has_aux=True))(params(letter))
     return output, params_to_published(grads, module.grid)
 
 

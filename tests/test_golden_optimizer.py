@@ -16,6 +16,7 @@ from golden_data import (
     published_params,
     to_tokens,
 )
+from quick_jit import quick_jit
 
 from cfjax import objective, train_state
 from cfjax.convert.causal_fusion import params_to_published
@@ -47,7 +48,7 @@ def gradients_of(letter):
     golden, module = load(f"model{letter}_optim"), model(letter)
     published = objective.Objective(Factorization("decayed"), make_noise_schedule("linear"))
 
-    @jax.jit
+    @quick_jit
     def compiled(params, tokens, drawn):
         def loss_fn(params):
             return objective.loss(published, module, params, tokens, drawn).loss

@@ -19,7 +19,7 @@ RTOL = 1e-4
 SCHEDULE = make_noise_schedule("linear")
 
 
-@pytest.mark.parametrize("letter", MODELS)
+@pytest.mark.parametrize("letter", ["A", pytest.param("B", marks=pytest.mark.long)])
 def test_guidance_and_its_interval(letter):
     golden, module = load(f"model{letter}_infer"), model(letter)
     indices = golden["order"][:, : int(golden["k1"])]

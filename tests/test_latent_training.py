@@ -77,7 +77,7 @@ class First:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("flip", [pytest.param(False, marks=pytest.mark.long), True])
 def test_encoding_in_training_trains_as_on_encoded_images(folder, tmp_path, monkeypatch, flip):
     flips = {"data__horizontal_flip": flip}
     path = str(encoded(folder, tmp_path / "set"))

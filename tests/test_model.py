@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_data import apply, example_inputs
+from quick_jit import quick_jit
 
 from cfjax import sharding
 from cfjax.errors import UserError
@@ -70,12 +71,12 @@ def random_inputs(module, ids, copies=1, seed=1, num_clean=NUM_TOKENS):
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def predict(module, params, inputs):
     return module.apply(params, **inputs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(quick_jit, static_argnums=(0, 3))
 def influence(module, params, inputs, name):
     """Largest |d prediction / d input| by `[batch, (copy,) position]` of both."""
     tokens = inputs[name]
@@ -196,7 +197,7 @@ def test_each_token_may_have_its_own_timestep():
 
 
 def value_and_grad(module, params, inputs):
-    @jax.jit
+    @quick_jit
     def run(params):
         return jax.value_and_grad(lambda p: jnp.mean(module.apply(p, **inputs) ** 2))(params)
 
@@ -209,9 +210,9 @@ def value_and_grad(module, params, inputs):
         {"remat_policy": "dots"},
         {"remat_policy": "full"},
         {"scan_layers": False},
-        {"scan_layers": False, "remat_policy": "dots"},
         {"attention": "split"},
-        {"attention": "split", "remat_policy": "dots"},
+        pytest.param({"scan_layers": False, "remat_policy": "dots"}, marks=pytest.mark.long),
+        pytest.param({"attention": "split", "remat_policy": "dots"}, marks=pytest.mark.long),
     ],
 )
 def test_scanned_rematerialized_and_split_layers_agree(variant):
@@ -395,7 +396,11 @@ def on_one_device():
 
 
 @pytest.mark.parametrize(
-    "sizes", [pytest.param({}, marks=pytest.mark.long), {"fsdp": 4}, {"fsdp": 2, "tensor": 4}]
+    "sizes",
+    [
+        *(pytest.param(sizes, marks=pytest.mark.long) for sizes in ({}, {"fsdp": 4})),
+        {"fsdp": 2, "tensor": 4},
+    ],
 )
 def test_eight_devices_as_one(sizes):
     result = on_mesh(sharding.make_mesh(**sizes))

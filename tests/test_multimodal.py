@@ -7,6 +7,7 @@ import pytest
 import random_documents as made
 import tiny
 from flax.traverse_util import flatten_dict
+from quick_jit import quick_jit
 
 from cfjax.documents import ClassSegment, ImageSegment, Slots, TextSegment
 from cfjax.errors import UserError
@@ -36,7 +37,7 @@ def test_text_adds_parameters_and_changes_none():
     def init(model):
         from cfjax import build
 
-        return flatten_dict(jax.device_get(jax.jit(build.init_params(model))(key)), sep="/")
+        return flatten_dict(jax.device_get(quick_jit(build.init_params(model))(key)), sep="/")
 
     def unboxed(params):
         return {name: getattr(it, "value", it) for name, it in params.items()}
@@ -52,8 +53,15 @@ def test_text_adds_parameters_and_changes_none():
         np.testing.assert_array_equal(it, with_text[name])
 
 
-@pytest.mark.parametrize("attention", ["fused", "split"])
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize(
+    ("attention", "copies"),
+    [
+        ("fused", 1),
+        ("split", 2),
+        pytest.param("fused", 2, marks=pytest.mark.long),
+        pytest.param("split", 1, marks=pytest.mark.long),
+    ],
+)
 def test_a_class_and_its_image_are_the_single_image_model(params, attention, copies):
     """To the bit, of the prediction and of every gradient."""
     rng = np.random.default_rng(0)
@@ -184,7 +192,7 @@ def test_causality_by_gradient(model, params):
         )
         return prediction.sum(-1)[0, :, 0], logits.sum(-1)[0]
 
-    jacobian = jax.jit(jax.jacrev(outputs, argnums=(0, 1, 2)))(offsets, clean, noised)
+    jacobian = quick_jit(jax.jacrev(outputs, argnums=(0, 1, 2)))(offsets, clean, noised)
     (of_image, of_text) = jax.tree.map(
         lambda it: np.asarray(jnp.abs(it)), jacobian, is_leaf=lambda it: isinstance(it, jax.Array)
     )
@@ -252,7 +260,7 @@ def test_cached_is_uncached(model, params, padding):
     )
 
     def jitted(method):
-        return jax.jit(lambda *args: model.apply({"params": params}, *args, method=method))
+        return quick_jit(lambda *args: model.apply({"params": params}, *args, method=method))
 
     @jitted
     def push_tokens(model, cache, tokens, indices):

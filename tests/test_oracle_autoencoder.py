@@ -1,9 +1,8 @@
 """The autoencoder against AutoencoderKL of diffusers, both ways; run by `launch/test.sh --all`."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from autoencoders import random_params
 from converting import convert
 from golden_data import assert_close_to_max
 
@@ -104,9 +103,7 @@ def test_ours_to_theirs(tmp_path, layout):
         num_groups=8,
         encoder_attention_levels=(1,),
     )
-    params = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.01, params)
-    autoencoder_files.save(tmp_path / "ours", module, params)
+    autoencoder_files.save(tmp_path / "ours", module, random_params(module))
     back = convert(tmp_path / "ours", tmp_path / "theirs", f"--to={layout}")
     theirs = diffusers.AutoencoderKL.from_pretrained(back, low_cpu_mem_usage=False).eval()
     assert theirs.config.scaling_factor == 0.5

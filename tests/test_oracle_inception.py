@@ -111,6 +111,7 @@ def test_the_benchmark_prints_json():
     assert values["ratio_of_fastest"] == pytest.approx(values["ratio"])  # of the one round
 
 
+@pytest.mark.long
 def test_every_array_moves_the_outputs(params):
     """Each of the 471: with the converter's mapping, none is forgotten or takes another's place."""
     pixels = images((48, 80))[:1]

@@ -105,6 +105,7 @@ def test_cached_generation_equals_the_training_forward_pass(sampler):
     np.testing.assert_allclose(expected, clean, atol=1e-5)  # DDIM ends at the predicted x_0
 
 
+@pytest.mark.long
 def test_parameters_in_the_compute_dtype_give_the_same_image(workdir):
     """Generation holds the parameters in bfloat16 if it multiplies in bfloat16."""
     config = tiny.config(model__dtype="bfloat16")

@@ -9,6 +9,7 @@ import pytest
 from golden_data import example_inputs
 from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
+from quick_jit import quick_jit
 from test_model import PLANS, SMALL, assert_same_up_to_order, random_inputs, random_params
 
 from cfjax import sharding
@@ -74,7 +75,7 @@ def attention_inputs(function, ids, heads, width, dtype):
     return queries * width**-0.5, *others
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick_jit, static_argnums=0)
 def output_and_gradients(attention, queries, keys, values, cotangent):
     output, pullback = jax.vjp(attention, queries, keys, values)
     return output, pullback(cotangent)
@@ -106,14 +107,19 @@ def test_equals_fused_in_output_and_gradients(num_tokens, dtype, tolerance):
 
 def value_and_grad(module, params, inputs, mesh=ONE_DEVICE):
     with sharding.activate(mesh):
-        return jax.jit(
+        return quick_jit(
             jax.value_and_grad(lambda params: jnp.mean(module.apply(params, **inputs) ** 2))
         )(params)
 
 
 @pytest.mark.parametrize(
     ("plan", "copies", "num_clean"),
-    [("ar", 1, 6), ("irregular", 2, 6), ("irregular", 1, None), ("diffusion", 1, None)],
+    [
+        ("irregular", 2, 6),
+        ("diffusion", 1, None),
+        pytest.param("ar", 1, 6, marks=pytest.mark.long),
+        pytest.param("irregular", 1, None, marks=pytest.mark.long),
+    ],
 )
 def test_model_with_splash_equals_fused(plan, copies, num_clean):
     """One split for the batch and one for each example ("irregular").

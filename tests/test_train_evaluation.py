@@ -24,6 +24,7 @@ def tiny_extractor(monkeypatch):
     monkeypatch.setattr(evaluation_inputs, "classifier", lambda *_: TinyExtractor())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("tiny_extractor")
 def test_the_training_is_the_same_to_the_bit(tmp_path):
     plain = train(tiny.config(train__checkpoint_every=2), tmp_path / "plain")

@@ -34,14 +34,8 @@ def run(config, mesh, num_train_steps=2):
     return state, totals
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mesh_sizes",
-    [
-        pytest.param({"data": 1}, marks=pytest.mark.long),
-        {"data": 2, "fsdp": 2, "tensor": 2},
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("mesh_sizes", [{"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_microbatches_change_rounding_alone(mesh_sizes):
     devices = jax.devices()[: np.prod(list(mesh_sizes.values()))]
     mesh = sharding.make_mesh(**mesh_sizes, devices=devices)
@@ -134,7 +128,7 @@ def test_class_table_is_not_summed_over_devices():
     assert not re.search(r"f32\[8,\d+,16\][^=\n]* all-gather\(", text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_vectors_and_positions_are_not_gathered():
     """Splitting biases, scales or the position table would double the number of collectives."""
     program = build.train_program(tiny.config(model__width=32), sharding.make_mesh(fsdp=8))

@@ -3,10 +3,10 @@
 import functools
 import io
 
-import flax.traverse_util
 import jax
 import numpy as np
 import tiny
+from autoencoders import random_params
 from PIL import Image
 
 from cfjax import autoencoder_files
@@ -55,11 +55,7 @@ def flags(**overrides):
 
 @functools.cache
 def params():
-    """Random, so that nothing is zero."""
-    rng = np.random.default_rng(0)
-    shapes = autoencoder_files.flat_shapes(MODULE)
-    flat = {path: rng.normal(0, 0.2, shape).astype(np.float32) for path, shape in shapes.items()}
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return random_params(MODULE)
 
 
 def save_autoencoder(folder):
