@@ -1,4 +1,7 @@
-"""`jax.jit` for what a test computes once: compiled with few optimizations, which takes less time."""
+"""`jax.jit` with few of the compiler's optimizations: less time for what a test computes once.
+
+For comparisons within a tolerance alone; what is compared to the bit is compiled as it is for users.
+"""
 
 import functools
 

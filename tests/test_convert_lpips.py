@@ -10,6 +10,7 @@ from converting import convert
 
 from cfjax import lpips_files
 from cfjax.errors import UserError
+from cfjax.models import lpips
 from cfjax.models.lpips import Lpips
 from cfjax.tensor_files import write_tensors
 
@@ -108,5 +109,17 @@ def test_gradients_are_finite_where_features_are_all_zero():
     x, y = jnp.zeros((1, 4, 4, 1)), jnp.ones((1, 4, 4, 1))
     shapes = jax.eval_shape(model.init, jax.random.key(0), x, y)["params"]
     params = jax.tree.map(lambda shape: jnp.full(shape.shape, -1.5), shapes)
-    gradient = jax.jit(jax.grad(lambda x: model.apply({"params": params}, x, y).sum()))(x)
+    distance = jax.jit(lambda x: model.apply({"params": params}, x, y).sum())
+    value, gradient = jax.value_and_grad(distance)(x)
+    assert value == 0
     np.testing.assert_array_equal(gradient, np.zeros_like(x))
+
+
+def test_a_vector_of_length_zero_stays_and_has_a_finite_gradient():
+    """By itself, as an activation that is off hides a gradient that is not a number."""
+    vectors = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_allclose(lpips._unit(vectors), [[0, 0], [0.6, 0.8]], rtol=1e-6)
+    of_none, of_five = jax.grad(lambda vectors: lpips._unit(vectors)[:, 0].sum())(vectors)
+    assert np.isfinite(of_none).all()
+    # Of x / |x|: y² / |x|³ and -x y / |x|³.
+    np.testing.assert_allclose(of_five, [16 / 125, -12 / 125], rtol=1e-6)

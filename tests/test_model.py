@@ -71,7 +71,7 @@ def random_inputs(module, ids, copies=1, seed=1, num_clean=NUM_TOKENS):
     }
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def predict(module, params, inputs):
     return module.apply(params, **inputs)
 

@@ -37,7 +37,7 @@ def test_text_adds_parameters_and_changes_none():
     def init(model):
         from cfjax import build
 
-        return flatten_dict(jax.device_get(quick_jit(build.init_params(model))(key)), sep="/")
+        return flatten_dict(jax.device_get(jax.jit(build.init_params(model))(key)), sep="/")
 
     def unboxed(params):
         return {name: getattr(it, "value", it) for name, it in params.items()}

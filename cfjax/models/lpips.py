@@ -50,7 +50,7 @@ class Lpips(nn.Module):
 
 
 def _unit(features: jax.Array) -> jax.Array:
-    """Vectors of length one; those of length zero stay, and have a gradient of zero."""
+    """Vectors of length one; those of length zero stay, and have a finite gradient."""
     squared = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
     norm = jnp.sqrt(jnp.maximum(squared, _LEAST_NORM**2))
     return features / (norm + _LEAST_NORM)
